@@ -4,3 +4,11 @@
 
 pub mod role; // the words of the domain as types
 pub mod store; // the truth: one trait, PostgreSQL and SQLite
+
+pub mod proto; // the contract, compiled
+
+pub mod config; // flags and environment, checked
+pub mod logging; // what the process says about itself
+pub mod server; // the composition root
+
+pub mod cli; // subcommands
