@@ -15,6 +15,7 @@ pub(super) async fn run(args: MigrateArgs) -> Result<(), Failure> {
         OpenError::Refused(_) => Failure::new(Exit::Refused, error),
     })?;
     let facts = store.facts();
+    // Two sentences, a line each.
     let said = output::line(format_args!("{}\n{}", facts.about, facts.adopted));
     store.close().await;
     said
