@@ -111,8 +111,13 @@ impl Client {
         call: impl Future<Output = Result<Response<R>, Status>>,
     ) -> Result<R, Status> {
         match tokio::time::timeout(self.timeout + GRACE, call).await {
-            Ok(answer) => answer.map(Response::into_inner),
-            Err(_) => Err(Status::deadline_exceeded("no answer in time")),
+            // tonic's own word for a passed deadline is CANCELLED.
+            Ok(Err(status)) if status.code() != Code::Cancelled || reason(&status).is_some() => Err(status),
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(_)) | Err(_) => {
+                let timeout = humantime::format_duration(self.timeout);
+                Err(Status::deadline_exceeded(format!("no answer within {timeout}")))
+            }
         }
     }
 }

@@ -71,8 +71,8 @@ Examples:
   rolecache get 42
   rolecache watch                     # in a second terminal
 
-Answers go to stdout, talk to stderr. Exit codes: 0 done, 1 refused, 2 wrong usage or setting, 3 unavailable and worth
-another try.";
+Answers go to stdout, talk to stderr.
+Exit codes: 0 done, 1 refused, 2 wrong usage or setting, 3 unavailable and worth another try.";
 
 const SERVE: &str = "\
 Examples:

@@ -143,9 +143,12 @@ impl Pages {
         for (known, width) in self.widths.iter_mut().zip(table.column_max_content_widths()) {
             *known = width.max(*known);
         }
-        // Of the content and the padding.
-        let least = |width: &u16| ColumnConstraint::LowerBoundary(Width::Fixed(width.saturating_add(2)));
-        table.set_constraints(self.widths.iter().map(least));
+        // With the padding: none before the first column, one on every other side.
+        let least = |(column, width): (usize, &u16)| {
+            let padding = if column == 0 { 1 } else { 2 };
+            ColumnConstraint::LowerBoundary(Width::Fixed(width.saturating_add(padding)))
+        };
+        table.set_constraints(self.widths.iter().enumerate().map(least));
         if let Some(first) = table.column_mut(0) {
             first.set_padding((0, 1));
         }

@@ -152,9 +152,7 @@ pub(super) async fn delete(args: DeleteArgs) -> Result<(), Failure> {
     match (args.client.output, &answer.change) {
         (Format::Json, _) => output::json(&answer),
         (Format::Text, Some(change)) => tell(change),
-        (Format::Text, None) => {
-            output::line(format_args!("{} is unknown already, revision {}", args.user, answer.revision))
-        }
+        (Format::Text, None) => output::line(format_args!("{} was not there, revision {}", args.user, answer.revision)),
     }
 }
 
