@@ -270,7 +270,12 @@ impl RoleCache {
         Ok(Some(ReadAnswer { roles, revision, source: Source::Store, stale: false }))
     }
 
-    fn answer_stale(&self, users: &[UserId], standing: Standing, age: Duration) -> Result<Option<ReadAnswer>, ReadError> {
+    fn answer_stale(
+        &self,
+        users: &[UserId],
+        standing: Standing,
+        age: Duration,
+    ) -> Result<Option<ReadAnswer>, ReadError> {
         let roles: Vec<RoleName> = users.iter().filter_map(|user| self.look(*user)).collect();
         let misses = users.len() - roles.len();
         if self.step.history() != standing.history {

@@ -1,0 +1,261 @@
+//! The way to a running server: where it is, how long to wait, and what its errors mean for the caller.
+
+use std::{error::Error, future::Future, time::Duration};
+
+use clap::Args;
+use http::Uri;
+use tonic::{
+    Code, Request, Response, Status,
+    transport::{Channel, Endpoint},
+};
+use tonic_types::StatusExt;
+
+use super::{
+    Exit, Failure,
+    output::{Format, plain},
+};
+use crate::proto::v1::role_cache_service_client::RoleCacheServiceClient;
+
+/// A page of 1,000 changes with the longest of reasons stays far below.
+const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
+
+/// How long past the deadline, which the server was told, to wait for its typed answer.
+const GRACE: Duration = Duration::from_millis(200);
+
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Server and output")]
+pub(super) struct ClientArgs {
+    /// Where the server listens: HOST:PORT, or http://HOST:PORT
+    #[arg(long, env = "ROLECACHE_ADDRESS", value_name = "ADDRESS", default_value = "http://127.0.0.1:50051",
+          value_parser = parse_address)]
+    pub(super) address: Uri,
+
+    /// How long to wait for an answer. Too small a time ends writes of which nobody knows whether they happened.
+    #[arg(long, env = "ROLECACHE_TIMEOUT", value_name = "DURATION", default_value = "10s", value_parser = parse_timeout)]
+    pub(super) timeout: Duration,
+
+    /// How answers look
+    #[arg(long, short, value_enum, default_value = "text")]
+    pub(super) output: Format,
+}
+
+/// A connection, and the deadline of each call over it.
+#[derive(Clone)]
+pub(super) struct Client {
+    rpc: RoleCacheServiceClient<Channel>,
+    timeout: Duration,
+}
+
+// === impl ClientArgs ===
+
+impl ClientArgs {
+    pub(super) async fn channel(&self) -> Result<Channel, Failure> {
+        let endpoint = Endpoint::from(self.address.clone())
+            .user_agent(concat!("rolecache/", env!("CARGO_PKG_VERSION")))
+            .map_err(|error| Failure::new(Exit::Usage, error))?
+            // A watch on a dead network would otherwise wait for ever.
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(5));
+        let why = match tokio::time::timeout(self.timeout, endpoint.connect()).await {
+            Ok(Ok(channel)) => return Ok(channel),
+            Ok(Err(error)) => root_cause(&error),
+            Err(_) => format!("no answer within {}", humantime::format_duration(self.timeout)),
+        };
+        let address = self.address.to_string();
+        let address = address.trim_end_matches('/');
+        let message = format!(
+            "cannot connect to {address}: {why}\nhint: is `rolecache serve` running there? --address says where else"
+        );
+        Err(Failure::new(Exit::Unavailable, message))
+    }
+
+    pub(super) async fn connect(&self) -> Result<Client, Failure> {
+        let rpc = RoleCacheServiceClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Client { rpc, timeout: self.timeout })
+    }
+}
+
+// === impl Client ===
+
+impl Client {
+    pub(super) fn rpc(&self) -> RoleCacheServiceClient<Channel> {
+        self.rpc.clone()
+    }
+
+    /// A request with our deadline, which the server reads too.
+    pub(super) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.timeout);
+        request
+    }
+
+    /// Waits for an answer, at most until the deadline.
+    pub(super) async fn answer<R>(
+        &self,
+        call: impl Future<Output = Result<Response<R>, Status>>,
+    ) -> Result<R, Failure> {
+        self.try_answer(call).await.map_err(|status| failure(&status, None))
+    }
+
+    /// The same of a write that came with this request id, by which it can be repeated without a second effect.
+    pub(super) async fn written<R>(
+        &self,
+        request_id: &str,
+        call: impl Future<Output = Result<Response<R>, Status>>,
+    ) -> Result<R, Failure> {
+        self.try_answer(call).await.map_err(|status| failure(&status, Some(request_id)))
+    }
+
+    pub(super) async fn try_answer<R>(
+        &self,
+        call: impl Future<Output = Result<Response<R>, Status>>,
+    ) -> Result<R, Status> {
+        match tokio::time::timeout(self.timeout + GRACE, call).await {
+            // tonic's own word for a passed deadline is CANCELLED.
+            Ok(Err(status)) if status.code() != Code::Cancelled || reason(&status).is_some() => Err(status),
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(_)) | Err(_) => {
+                let timeout = humantime::format_duration(self.timeout);
+                Err(Status::deadline_exceeded(format!("no answer within {timeout}")))
+            }
+        }
+    }
+}
+
+/// The reason of the contract's table of errors; none where the error is not the service's own.
+pub(super) fn reason(status: &Status) -> Option<String> {
+    status.get_details_error_info().map(|info| info.reason)
+}
+
+/// The server's wish of how long to wait before asking again.
+pub(super) fn retry_delay(status: &Status) -> Option<Duration> {
+    status.get_details_retry_info().and_then(|info| info.retry_delay)
+}
+
+/// What an error means for the caller, in the server's sentence, with its reason and what to do.
+pub(super) fn failure(status: &Status, request_id: Option<&str>) -> Failure {
+    let reason = reason(status);
+    let exit = match (status.code(), reason.as_deref()) {
+        // Asked again as it is, it would be too large again.
+        (_, Some("MESSAGE_TOO_LARGE")) => Exit::Refused,
+        (_, Some("OUTCOME_UNKNOWN")) => Exit::Unavailable,
+        // The transport's own: a reset connection, or tonic's word for a passed deadline.
+        (Code::Cancelled | Code::Unknown, None) => Exit::Unavailable,
+        (Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted, _) => Exit::Unavailable,
+        _ => Exit::Refused,
+    };
+    let mut message = match plain(status.message()) {
+        said if said.is_empty() => status.code().description().to_owned(),
+        said => said.into_owned(),
+    };
+    match &reason {
+        Some(reason) => message += &format!(" ({})", plain(reason)),
+        None => message += &status.source().map(|error| format!(": {}", root_cause(error))).unwrap_or_default(),
+    }
+    if let Some(hint) = hint(status, reason.as_deref(), request_id) {
+        message += &format!("\nhint: {hint}");
+    }
+    Failure { exit, message }
+}
+
+fn hint(status: &Status, reason: Option<&str>, request_id: Option<&str>) -> Option<String> {
+    let doubtful = matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled | Code::Unknown)
+        || (status.code() == Code::Unavailable && reason.is_none());
+    if let (true, Some(id)) = (doubtful, request_id) {
+        return Some(format!("it may have happened; the same command with --request-id {id} makes it happen once"));
+    }
+    if let Some(delay) = retry_delay(status) {
+        return Some(format!("worth another try in {}", humantime::format_duration(delay)));
+    }
+    let hint = match (status.code(), reason) {
+        (_, Some("USER_BUSY")) => "nothing was changed; worth another try",
+        (_, Some("MESSAGE_TOO_LARGE")) => "ask for fewer at once",
+        (_, Some("REVISION_COMPACTED" | "HISTORY_CHANGED")) => "--snapshot starts over with everybody's role",
+        (Code::DeadlineExceeded, _) => "--timeout gives it longer",
+        (Code::Unimplemented, None) => "is it a rolecache server of this version?",
+        (Code::Unavailable | Code::ResourceExhausted, _) => "worth another try",
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+/// The innermost error: the outer ones say "transport error".
+fn root_cause(error: &(dyn Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
+}
+
+fn parse_address(text: &str) -> Result<Uri, String> {
+    let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+    let uri: Uri = full.parse().map_err(|error| format!("{error}: write HOST:PORT or http://HOST:PORT"))?;
+    match uri.scheme_str() {
+        Some("http") if uri.port().is_none() => Err(format!("the port is missing: write {text}:50051")),
+        Some("http") if uri.path().len() <= 1 && uri.query().is_none() => Ok(uri),
+        Some("http") => Err("a server has no path: write HOST:PORT or http://HOST:PORT".into()),
+        Some(scheme) => Err(format!("{scheme}:// is not spoken here: write HOST:PORT or http://HOST:PORT")),
+        None => Err("write HOST:PORT or http://HOST:PORT".into()),
+    }
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("must be more than 0".into()),
+        Ok(timeout) if timeout > Duration::from_secs(3_600) => Err("must be at most 1h".into()),
+        Ok(timeout) => Ok(timeout),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    fn status(code: Code, reason: &str) -> Status {
+        let details = ErrorDetails::with_error_info(reason, "rolecache", HashMap::<String, String>::new());
+        Status::with_error_details(code, "a sentence", details)
+    }
+
+    #[test]
+    fn an_error_becomes_an_exit_code_and_a_sentence() {
+        for (status, exit, said) in [
+            (status(Code::FailedPrecondition, "ROLE_MISMATCH"), Exit::Refused, "a sentence (ROLE_MISMATCH)"),
+            (status(Code::InvalidArgument, "INVALID_FIELD"), Exit::Refused, "a sentence (INVALID_FIELD)"),
+            (status(Code::Unavailable, "STORE_UNREACHABLE"), Exit::Unavailable, "worth another try"),
+            (status(Code::ResourceExhausted, "OVERLOADED"), Exit::Unavailable, "(OVERLOADED)"),
+            (status(Code::ResourceExhausted, "MESSAGE_TOO_LARGE"), Exit::Refused, "ask for fewer"),
+            (status(Code::DeadlineExceeded, "DEADLINE"), Exit::Unavailable, "--request-id r1"),
+            (status(Code::Unknown, "OUTCOME_UNKNOWN"), Exit::Unavailable, "--request-id r1"),
+            (status(Code::Internal, "BUG"), Exit::Refused, "a sentence (BUG)"),
+            (Status::unavailable(""), Exit::Unavailable, "--request-id r1"),
+            (Status::cancelled("Timeout expired"), Exit::Unavailable, "--request-id r1"),
+        ] {
+            let failure = failure(&status, Some("r1"));
+            assert_eq!(failure.exit, exit, "{status}");
+            assert!(failure.message.contains(said), "{said} is not in: {}", failure.message);
+        }
+    }
+
+    #[test]
+    fn a_retry_delay_is_passed_on() {
+        let details = ErrorDetails::with_retry_info(Some(Duration::from_millis(1500)));
+        let status = Status::with_error_details(Code::Unavailable, "down", details);
+        assert!(failure(&status, None).message.ends_with("hint: worth another try in 1s 500ms"));
+    }
+
+    #[test]
+    fn an_address_is_a_host_and_a_port() {
+        for text in ["127.0.0.1:50051", "http://localhost:1", "[::1]:50051", "http://h:1/"] {
+            assert!(parse_address(text).is_ok(), "{text}");
+        }
+        for text in ["localhost", "https://h:1", "http://h:1/path", "http://", "", "a b:1"] {
+            assert!(parse_address(text).is_err(), "{text}");
+        }
+    }
+}
