@@ -8,6 +8,7 @@ use std::{fmt, net::SocketAddr, time::Duration};
 use clap::{ArgAction, Args, ValueEnum, builder::BoolishValueParser};
 
 use crate::{
+    cache,
     logging::{self, LogFormat, LogOptions},
     role::RoleName,
     store,
@@ -24,19 +25,11 @@ pub struct ServeConfig {
     pub poll_interval: Duration,
     /// The roles that writes may set.
     pub roles: Vec<RoleName>,
-    pub cache: CacheMode,
+    pub cache: cache::Mode,
     pub max_staleness: Duration,
     pub retain_changes: Duration,
     pub reflection: bool,
     pub log: LogOptions,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum CacheMode {
-    /// Filled by misses and by commits, and bounded where a capacity is given.
-    Lazy { capacity: Option<usize> },
-    /// Every user with a role other than the default, from the start.
-    Complete,
 }
 
 /// What `migrate` is built with.
@@ -200,9 +193,9 @@ impl ServeArgs {
             }
         }
         let cache = match (self.cache, self.cache_capacity) {
-            (CacheKind::Lazy, 0) => CacheMode::Lazy { capacity: None },
-            (CacheKind::Lazy, capacity) => CacheMode::Lazy { capacity: Some(capacity) },
-            (CacheKind::Complete, 0) => CacheMode::Complete,
+            (CacheKind::Lazy, 0) => cache::Mode::Lazy { capacity: None },
+            (CacheKind::Lazy, capacity) => cache::Mode::Lazy { capacity: Some(capacity) },
+            (CacheKind::Complete, 0) => cache::Mode::Complete,
             (CacheKind::Complete, _) => {
                 let problem = "bounds a lazy cache and must be 0 with --cache complete, which holds every user";
                 return Err(ConfigError::new("--cache-capacity", problem));

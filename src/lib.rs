@@ -1,14 +1,27 @@
 //! rolecache answers which role a user of a bot has, over gRPC and from memory.
 //!
-//! The modules in the order in which they import each other, so a good order to read them in:
+//! The modules stand in the order in which to read them: each imports only from those above it.
 
-pub mod role; // the words of the domain as types
+pub mod role; // the words of the domain, as checked types
+
 pub mod store; // the truth: one trait, PostgreSQL and SQLite
+
+pub mod step; // how far this replica has applied the log, and the proof of it
+
+pub mod cache; // who has which role: entries, fills, reads
+
+pub mod feed; // the log in memory: tailer, ring, cursors
+
+pub mod writer; // all writes, group by group
 
 pub mod proto; // the contract, compiled
 
-pub mod config; // flags and environment, checked
+pub mod grpc; // services, statuses, connections
+
+pub mod server; // builds, runs and drains it all
+
 pub mod logging; // what the process says about itself
-pub mod server; // the composition root
+
+pub mod config; // flags and environment, checked
 
 pub mod cli; // subcommands

@@ -193,9 +193,14 @@ impl Commit {
         Anchor { revision: self.revision, tag: self.tag }
     }
 
-    /// Whether the last change of the commit is here, or was before.
+    /// Whether every change of the commit is here.
+    pub fn is_whole(&self) -> bool {
+        self.changes.len() as u64 == self.size
+    }
+
+    /// Whether this run of the commit has its last change.
     pub fn ends_here(&self) -> bool {
-        self.changes.last().is_none_or(|last| last.index + 1 == self.size)
+        self.changes.last().is_some_and(|last| last.index + 1 == self.size)
     }
 }
 

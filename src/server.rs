@@ -1,13 +1,253 @@
-//! The composition root.
+//! The composition root: the one place that builds all parts, runs them, and takes them down in order.
 
-use crate::config::ServeConfig;
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
+use backon::{BackoffBuilder, ExponentialBuilder};
+use futures::future::BoxFuture;
+use tokio::{
+    net::TcpListener,
+    task::JoinSet,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+
+use crate::{
+    cache::{self, RoleCache},
+    feed::{self, Apply},
+    grpc::{self, Grpc},
+    role::{Commit, RoleName},
+    step::{self, Step},
+    store::{OpenError, Store},
+    writer,
+};
+
+/// From the stop signal to the end, whatever hangs; of it, the calls in flight get the most.
+const DRAIN_LIMIT: Duration = Duration::from_secs(8);
+const CLOSE_LIMIT: Duration = Duration::from_millis(1_500);
+
+/// How often health looks at the clock.
+const HEALTH_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Opens the store; called again while it cannot be reached.
+pub type OpenStore = Box<dyn Fn() -> BoxFuture<'static, Result<Arc<dyn Store>, OpenError>> + Send + Sync>;
+
+/// What a server is built with.
+pub struct Options {
+    pub listen: SocketAddr,
+    pub open_store: OpenStore,
+    pub feed: feed::Options,
+    pub cache: cache::Options,
+    /// The roles that writes may set.
+    pub roles: Vec<RoleName>,
+    /// How long the change log is kept.
+    pub retain_changes: Duration,
+    /// How often it is trimmed, and the triggers that write it are checked.
+    pub upkeep_interval: Duration,
+    pub reflection: bool,
+    pub limits: grpc::Limits,
+}
+
+/// A server that has its port.
+pub struct Server {
+    options: Options,
+    listener: TcpListener,
+}
+
+/// Why a server ended that nobody stopped, or did not start.
 #[derive(Debug, thiserror::Error)]
-#[error("not built yet")]
-pub struct ServeError;
+pub enum ServerError {
+    #[error("cannot listen on {address}: {cause}")]
+    Listen { address: SocketAddr, cause: std::io::Error },
+    #[error("{0}")]
+    Refused(String),
+    #[error("{0}")]
+    Ended(String),
+}
 
-/// Serves until a signal ends it.
-pub async fn serve(config: ServeConfig) -> Result<(), ServeError> {
-    drop(config);
-    Err(ServeError)
+/// The tasks that run as long as the server does. One that ends takes the server with it.
+type Upkeep = JoinSet<String>;
+
+impl Server {
+    /// Takes the port, so that a wrong address fails before anything else is begun.
+    pub async fn bind(options: Options) -> Result<Self, ServerError> {
+        let address = options.listen;
+        let listener = TcpListener::bind(address).await.map_err(|cause| ServerError::Listen { address, cause })?;
+        Ok(Self { options, listener })
+    }
+
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `stop`, then drains: refuse new calls, let those in flight finish, end the tasks, close the store.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), ServerError> {
+        let Self { options, listener } = self;
+        let (grpc, accept) = Grpc::new(listener, options.limits, options.reflection).await;
+        let grpc = Arc::new(grpc);
+        let accept = tokio::spawn(accept);
+        tokio::pin!(stop);
+        let mut upkeep = Upkeep::new();
+
+        let opened = tokio::select! {
+            () = &mut stop => None,
+            opened = open(&options.open_store) => Some(opened),
+        };
+        let (store, ended) = match opened {
+            None => (None, Ok(())),
+            Some(Err(refused)) => (None, Err(refused)),
+            Some(Ok(store)) => {
+                start(&options, store.clone(), &grpc, &mut upkeep);
+                let ended = tokio::select! {
+                    () = &mut stop => Ok(()),
+                    Some(ended) = upkeep.join_next() => Err(ServerError::Ended(match ended {
+                        Ok(reason) => reason,
+                        Err(panic) => format!("a background task panicked: {panic}"),
+                    })),
+                };
+                (Some(store), ended)
+            }
+        };
+
+        if ended.is_ok() {
+            tracing::info!("stopping: calls in flight may finish");
+        }
+        grpc.set_serving(false).await;
+        let limit = Instant::now() + DRAIN_LIMIT;
+        if timeout_at(limit, grpc.drain()).await.is_err() {
+            tracing::warn!("calls that did not finish in {} s are cut off", DRAIN_LIMIT.as_secs());
+        }
+        accept.abort();
+        upkeep.shutdown().await;
+        if let Some(store) = store
+            && timeout(CLOSE_LIMIT, store.close()).await.is_err()
+        {
+            tracing::warn!("the store did not close its connections in time");
+        }
+        tracing::info!("stopped");
+        ended
+    }
+}
+
+/// Waits for the store with growing pauses; a store that refuses is not asked again.
+async fn open(open_store: &OpenStore) -> Result<Arc<dyn Store>, ServerError> {
+    let mut delays = ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(200))
+        .with_max_delay(Duration::from_secs(5))
+        .with_jitter()
+        .without_max_times()
+        .build();
+    loop {
+        match open_store().await {
+            Ok(store) => return Ok(store),
+            Err(OpenError::Refused(sentence)) => return Err(ServerError::Refused(sentence)),
+            Err(OpenError::Unreachable(cause)) => {
+                let delay = delays.next().unwrap_or(Duration::from_secs(5));
+                tracing::warn!(%cause, retry_ms = delay.as_millis() as u64, "the store cannot be reached: trying again");
+                sleep(delay).await;
+            }
+        }
+    }
+}
+
+/// Builds the parts over a store and sets them going.
+fn start(options: &Options, store: Arc<dyn Store>, grpc: &Arc<Grpc>, upkeep: &mut Upkeep) {
+    let facts = store.facts();
+    tracing::info!(store = facts.kind.as_str(), store_id = %facts.store_id, "store: {}", facts.about);
+    tracing::info!("tables: {}", facts.adopted);
+    match options.cache.mode {
+        cache::Mode::Lazy { capacity: None } => tracing::info!("cache: lazy, without a bound"),
+        cache::Mode::Lazy { capacity: Some(users) } => tracing::info!("cache: lazy, up to {users} users"),
+        cache::Mode::Complete => tracing::info!("cache: complete"),
+    }
+
+    let (stepper, step) = step::start();
+    let (cache, filler) = cache::cache(options.cache.clone(), store.clone(), step.clone());
+    let apply = Arc::new(IntoCache(cache.clone()));
+    let (feed, tailer) = feed::feed(options.feed.clone(), store.clone(), stepper, apply);
+    let (writer, writer_task, busy_task) = writer::writer(store.clone(), step.clone());
+
+    upkeep.spawn(async move { tailer.run().await.to_string() });
+    upkeep.spawn(never(filler.run()));
+    upkeep.spawn(never(writer_task.run()));
+    upkeep.spawn(never(busy_task.run()));
+    if options.cache.mode == cache::Mode::Complete {
+        upkeep.spawn(never(cache.clone().keep_complete()));
+    }
+    upkeep.spawn(listen(store.clone(), step.clone()));
+    upkeep.spawn(never(trim(store.clone(), options.retain_changes, options.upkeep_interval)));
+    upkeep.spawn(never(check_triggers(store.clone(), options.upkeep_interval)));
+    upkeep.spawn(never(report_health(grpc.clone(), step.clone(), cache.clone())));
+    grpc.open(cache, feed, writer, store, step, options.roles.clone());
+}
+
+async fn never(task: impl Future<Output = Infallible>) -> String {
+    match task.await {}
+}
+
+async fn listen(store: Arc<dyn Store>, step: Step) -> String {
+    let broken = store.listen(&|| step.nudge()).await;
+    format!("the store's listener ended: {broken}")
+}
+
+/// Keeps the log at the length that it may have.
+async fn trim(store: Arc<dyn Store>, retain: Duration, interval: Duration) -> Infallible {
+    loop {
+        match store.trim(retain).await {
+            Ok(trimmed) if trimmed.commits + trimmed.requests > 0 => {
+                tracing::debug!(commits = trimmed.commits, requests = trimmed.requests, "trimmed");
+            }
+            Ok(_) => sleep(interval).await,
+            Err(cause) => {
+                tracing::warn!(%cause, "the change log could not be trimmed");
+                sleep(interval).await;
+            }
+        }
+    }
+}
+
+/// Says aloud when something no longer logs what it should: changes would be missed.
+async fn check_triggers(store: Arc<dyn Store>, interval: Duration) -> Infallible {
+    loop {
+        match store.check_triggers().await {
+            Ok(problems) => {
+                for problem in problems {
+                    tracing::error!("changes are not logged any more: {problem}");
+                }
+            }
+            Err(cause) => tracing::debug!(%cause, "the triggers could not be checked"),
+        }
+        sleep(interval).await;
+    }
+}
+
+/// Serving is: in step once, and not out of step for longer than stale answers are given.
+async fn report_health(grpc: Arc<Grpc>, step: Step, cache: Arc<RoleCache>) -> Infallible {
+    let mut ready = false;
+    let mut told = false;
+    loop {
+        if !ready && step.standing().is_proven() && cache.is_loaded() {
+            ready = true;
+            tracing::info!(revision = step.applied().0, "ready");
+        }
+        let age = step.standing().proof_age;
+        // A new history has no proof for a moment, and is not a reason to send everybody away.
+        let serving = ready && age.is_none_or(|age| age <= cache.max_staleness());
+        if serving != told {
+            grpc.set_serving(serving).await;
+            told = serving;
+        }
+        sleep(HEALTH_INTERVAL).await;
+    }
+}
+
+/// Where it is decided that commits go to the cache before anybody hears of them.
+struct IntoCache(Arc<RoleCache>);
+
+impl Apply for IntoCache {
+    fn apply(&self, commit: &Commit) {
+        self.0.apply(commit);
+    }
+
+    fn reset(&self) {
+        self.0.reset();
+    }
 }

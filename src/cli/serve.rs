@@ -1,7 +1,27 @@
-//! `serve`: the settings, one warning, and the server.
+//! `serve`: the settings, one warning, and the server until a signal ends it.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Exit, Failure};
-use crate::{config::ServeArgs, logging, server};
+use crate::{
+    cache,
+    config::{ServeArgs, ServeConfig},
+    feed, grpc, logging,
+    server::{Options, Server, ServerError},
+    store,
+};
+
+/// Of the last commits in memory.
+const RING_BYTES: usize = 16 << 20;
+
+/// Reads from the store at once while the cache cannot answer as truth.
+const FALLBACK_READS: usize = 64;
+
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
+
+const LIMITS: grpc::Limits = grpc::Limits { calls: 10_000, watches: 10_000 };
 
 pub(super) async fn run(args: ServeArgs) -> Result<(), Failure> {
     let config = args.validate().map_err(|error| Failure::new(Exit::Usage, error))?;
@@ -9,5 +29,47 @@ pub(super) async fn run(args: ServeArgs) -> Result<(), Failure> {
     if !config.listen.ip().is_loopback() {
         tracing::warn!(listen = %config.listen, "everybody who reaches this address may read and write roles");
     }
-    server::serve(config).await.map_err(|error| Failure::new(Exit::Refused, format!("{error:#}")))
+    let refused = |error: ServerError| Failure::new(Exit::Refused, error);
+    let stop = stop_signal().map_err(|error| Failure::new(Exit::Refused, error))?;
+    let server = Server::bind(options(config)).await.map_err(refused)?;
+    if let Ok(address) = server.address() {
+        tracing::info!("listening on {address}");
+    }
+    server.run(stop).await.map_err(refused)
+}
+
+fn options(config: ServeConfig) -> Options {
+    let store = config.store;
+    Options {
+        listen: config.listen,
+        open_store: Box::new(move || {
+            let store = store.clone();
+            Box::pin(async move { store::open(&store).await })
+        }),
+        feed: feed::Options { poll_interval: config.poll_interval, ring_bytes: RING_BYTES },
+        cache: cache::Options {
+            mode: config.cache,
+            max_staleness: config.max_staleness,
+            fallback_reads: FALLBACK_READS,
+            oversized: feed::OVERSIZED,
+        },
+        roles: config.roles,
+        retain_changes: config.retain_changes,
+        upkeep_interval: UPKEEP_INTERVAL,
+        reflection: config.reflection,
+        limits: LIMITS,
+    }
+}
+
+/// Resolves at the first SIGTERM or SIGINT. Taken over before anything is built: a signal during the start drains too.
+fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        tracing::info!("{name} received");
+    })
 }

@@ -19,7 +19,7 @@ fn without_flags_it_serves_an_sqlite_file_on_the_loopback_address() {
     let config = serve("").unwrap();
     assert_eq!(config.listen.to_string(), "127.0.0.1:50051");
     assert!(config.store.migrate && config.reflection);
-    assert_eq!(config.cache, CacheMode::Lazy { capacity: None });
+    assert_eq!(config.cache, cache::Mode::Lazy { capacity: None });
     assert_eq!(config.roles.iter().map(RoleName::as_str).collect::<Vec<_>>(), ["user", "admin"]);
     assert_eq!(config.poll_interval, Duration::from_millis(500));
     assert_eq!(config.max_staleness, Duration::from_secs(60));
@@ -39,12 +39,12 @@ fn each_flag_reaches_the_config() {
     assert_eq!(config.store.url, "postgres://u:p@h/d");
     assert_eq!((config.store.default_role.as_str(), config.store.admin_role.as_str()), ("a", "c"));
     assert!(!config.store.migrate && !config.reflection);
-    assert_eq!(config.cache, CacheMode::Lazy { capacity: Some(7) });
+    assert_eq!(config.cache, cache::Mode::Lazy { capacity: Some(7) });
     assert_eq!(config.roles.len(), 3);
     assert_eq!(config.poll_interval, Duration::from_millis(50));
     assert_eq!((config.max_staleness, config.retain_changes), (Duration::from_secs(2), 24 * HOUR));
     assert_eq!(config.log, LogOptions { format: LogFormat::Json, filter: "warn,rolecache=debug".into() });
-    assert_eq!(serve("--cache complete").unwrap().cache, CacheMode::Complete);
+    assert_eq!(serve("--cache complete").unwrap().cache, cache::Mode::Complete);
     assert!(serve("--reflection").unwrap().reflection);
 }
 

@@ -1,0 +1,78 @@
+//! Complete mode: every user with a role other than the default, loaded at one revision while commits go on.
+//!
+//! Until the load is done, commits leave an entry for every user that they touch, those with the default role too. The
+//! snapshot is taken after that began, and put in only once its revision is applied, and only where no entry is: so what
+//! is there is at least as new, and what is put in is the state at `applied`.
+
+use std::{sync::Arc, time::Duration};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::time::{sleep, timeout};
+
+use super::{NotKept, RoleCache};
+use crate::{
+    role::UserId,
+    step::HistoryEnded,
+    store::{SNAPSHOT_LIMIT, StoreError},
+};
+
+#[derive(Debug, thiserror::Error)]
+enum LoadError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    History(#[from] HistoryEnded),
+    #[error("the change log was not caught up with in {} s", SNAPSHOT_LIMIT.as_secs())]
+    Behind,
+    #[error("the role of user {0} is not kept in memory: {1}")]
+    NotKept(UserId, NotKept),
+    #[error("a commit that came meanwhile could not be applied")]
+    Spoiled,
+}
+
+impl RoleCache {
+    /// Keeps a complete cache complete: loads at start, and again whenever completeness is lost. Never returns.
+    pub async fn keep_complete(self: Arc<Self>) -> std::convert::Infallible {
+        loop {
+            let mut delays = ExponentialBuilder::default()
+                .with_min_delay(Duration::from_millis(200))
+                .with_max_delay(Duration::from_secs(30))
+                .with_jitter()
+                .without_max_times()
+                .build();
+            while self.completeness.number().is_none() {
+                if let Err(reason) = self.load().await {
+                    tracing::warn!(%reason, "loading all roles failed: reads go to the store, and the load is tried again");
+                    sleep(delays.next().unwrap_or(Duration::from_secs(30))).await;
+                }
+            }
+            self.completeness.lost.notified().await;
+        }
+    }
+
+    async fn load(&self) -> Result<(), LoadError> {
+        let before = self.completeness.before_load();
+        let history = self.step.history();
+        let mut snapshot = self.store.snapshot().await?;
+        let at = snapshot.anchor().revision;
+        self.step.nudge();
+        timeout(SNAPSHOT_LIMIT, self.step.reach_in(history, at)).await.map_err(|_| LoadError::Behind)??;
+        loop {
+            let users = snapshot.next().await?;
+            if users.is_empty() {
+                break;
+            }
+            for row in users {
+                let role = self.names.intern(&row.role).map_err(|reason| LoadError::NotKept(row.user, reason))?;
+                self.entries.insert_if_absent(row.user, role);
+            }
+        }
+        if !self.completeness.gain(before) {
+            return Err(LoadError::Spoiled);
+        }
+        // Commits from now on remove the entries of users who get the default role; these are from before.
+        self.entries.remove_all_with(self.default_id);
+        tracing::info!(users = self.entries.len(), revision = at.0, "all roles are loaded");
+        Ok(())
+    }
+}

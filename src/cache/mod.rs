@@ -1,0 +1,229 @@
+//! The cache: which role each user has, as of the last applied commit.
+//!
+//! Every entry is the store's state at `applied`, or at the one commit that is being applied just now. Entries come
+//! from commits ([`RoleCache::apply`], called by the tailer alone) and, in lazy mode, from [`fill`]s on a miss.
+//! No entry has a time and nothing is swept: a quiet server does nothing per cached user.
+
+mod entries;
+mod fill;
+mod load;
+mod names;
+mod read;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::{Notify, Semaphore, mpsc};
+
+pub use self::names::NotKept;
+pub use self::read::{Answer, Answers, Query, ReadError, Source};
+use self::{
+    entries::Entries,
+    fill::{Fill, Fills},
+    names::{Names, RoleId},
+};
+use crate::{
+    role::{Commit, RoleName},
+    step::Step,
+    store::Store,
+};
+
+/// How the cache is filled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// By misses and by commits, up to `capacity` users.
+    Lazy { capacity: Option<usize> },
+    /// At start, with every user whose role is not the default; from then on absence means the default role.
+    Complete,
+}
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub mode: Mode,
+    /// How long answers may be served without proof, marked stale.
+    pub max_staleness: Duration,
+    /// Reads from the store at once while the cache cannot answer as truth.
+    pub fallback_reads: usize,
+    /// A commit of more changes updates, in lazy mode, only the users that are held.
+    pub oversized: u64,
+}
+
+/// The roles of users, in memory.
+pub struct RoleCache {
+    options: Options,
+    store: Arc<dyn Store>,
+    step: Step,
+    default_role: RoleName,
+    default_id: RoleId,
+    names: Names,
+    entries: Entries,
+    fills: Fills,
+    queue: mpsc::Sender<Arc<Fill>>,
+    fallback: Semaphore,
+    completeness: Completeness,
+    counters: Counters,
+}
+
+/// What the cache has done since it started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    pub hits: u64,
+    pub misses: u64,
+    pub users: u64,
+    pub bytes: u64,
+    pub changes_applied: u64,
+    pub store_reads: u64,
+    pub coalesced_misses: u64,
+    pub stale_answers: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    hits: AtomicU64,
+    misses: AtomicU64,
+    changes_applied: AtomicU64,
+    store_reads: AtomicU64,
+    coalesced_misses: AtomicU64,
+    stale_answers: AtomicU64,
+}
+
+/// Whether absence from the table means the default role.
+///
+/// An even number says no, an odd one yes, and none comes twice: a reader who finds the same odd number before and after
+/// it looked into the table knows that the table was complete all the while.
+struct Completeness {
+    state: AtomicU64,
+    lost: Notify,
+}
+
+/// The task that runs the queries of misses.
+pub struct Filler {
+    cache: Arc<RoleCache>,
+    queue: mpsc::Receiver<Arc<Fill>>,
+}
+
+/// A cache over `store`, and the task that fills it.
+pub fn cache(options: Options, store: Arc<dyn Store>, step: Step) -> (Arc<RoleCache>, Filler) {
+    let names = Names::new();
+    let default_role = store.facts().default_role.clone();
+    let default_id = names.intern(&default_role).expect("the default role is configured, and so at most 64 bytes long");
+    let capacity = match options.mode {
+        Mode::Lazy { capacity } => capacity,
+        Mode::Complete => None,
+    };
+    let (sender, queue) = mpsc::channel(fill::QUEUE);
+    let cache = Arc::new(RoleCache {
+        fallback: Semaphore::new(options.fallback_reads),
+        options,
+        store,
+        step,
+        default_role,
+        default_id,
+        names,
+        entries: Entries::new(capacity),
+        fills: Fills::default(),
+        queue: sender,
+        completeness: Completeness { state: AtomicU64::new(0), lost: Notify::new() },
+        counters: Counters::default(),
+    });
+    (cache.clone(), Filler { cache, queue })
+}
+
+// === impl RoleCache ===
+
+impl RoleCache {
+    /// Takes in a commit, or the next run of one. Called by the tailer alone, in order of revision.
+    pub fn apply(&self, commit: &Commit) {
+        // Fills first: one that finishes from now on, with a value from before this commit, reads again.
+        for change in &commit.changes {
+            self.fills.overtake(change.user, commit.revision);
+        }
+        let complete = self.completeness.number().is_some();
+        let held_only = self.options.mode != Mode::Complete && commit.size > self.options.oversized;
+        for change in &commit.changes {
+            if held_only && self.entries.get(change.user).is_none() {
+                continue;
+            }
+            let role = change.new.as_ref().unwrap_or(&self.default_role);
+            match self.names.intern(role) {
+                Ok(id) if complete && id == self.default_id => self.entries.remove(change.user),
+                Ok(id) => self.entries.insert(change.user, id),
+                Err(reason) => {
+                    tracing::warn!(
+                        user_id = change.user.0,
+                        revision = commit.revision.0,
+                        %reason,
+                        "a role is not kept in memory: this user is read from the store"
+                    );
+                    // Before the entry goes: absence must not be taken for the default role.
+                    self.completeness.lose();
+                    self.entries.remove(change.user);
+                }
+            }
+        }
+        self.counters.changes_applied.fetch_add(commit.changes.len() as u64, Ordering::Relaxed);
+    }
+
+    /// Forgets everything: what is applied from now on is of another history.
+    pub fn reset(&self) {
+        self.completeness.lose();
+        self.fills.overtake_all();
+        self.entries.clear();
+    }
+
+    /// Whether reads find what they need here: always in lazy mode, after the load in complete mode.
+    pub fn is_loaded(&self) -> bool {
+        self.options.mode != Mode::Complete || self.completeness.number().is_some()
+    }
+
+    pub fn max_staleness(&self) -> Duration {
+        self.options.max_staleness
+    }
+
+    pub fn stats(&self) -> Stats {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Stats {
+            hits: of(&self.counters.hits),
+            misses: of(&self.counters.misses),
+            users: self.entries.len() as u64,
+            bytes: self.entries.bytes() as u64,
+            changes_applied: of(&self.counters.changes_applied),
+            store_reads: of(&self.counters.store_reads),
+            coalesced_misses: of(&self.counters.coalesced_misses),
+            stale_answers: of(&self.counters.stale_answers),
+        }
+    }
+}
+
+// === impl Completeness ===
+
+impl Completeness {
+    /// The number of the present completeness; None where absence means nothing.
+    fn number(&self) -> Option<u64> {
+        let state = self.state.load(Ordering::SeqCst);
+        (state % 2 == 1).then_some(state)
+    }
+
+    /// The number of the present incompleteness, for [`Completeness::gain`].
+    fn before_load(&self) -> u64 {
+        self.state.load(Ordering::SeqCst)
+    }
+
+    /// Complete, unless completeness was lost again since `before`.
+    fn gain(&self, before: u64) -> bool {
+        debug_assert!(before.is_multiple_of(2));
+        self.state.compare_exchange(before, before + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Also where there was none: a load that runs now has missed something.
+    fn lose(&self) {
+        let next = |state: u64| Some((state | 1) + 1);
+        let _ = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+        self.lost.notify_one();
+    }
+}

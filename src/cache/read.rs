@@ -1,0 +1,377 @@
+//! Reads: what may answer a read now, and with which revision.
+//!
+//! With proof of step the cache is the truth. Without, answers come from the store, or from the cache and are marked
+//! stale, or are refused: the table "Failure model" of the design, row by row.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    sync::mpsc::error::TrySendError,
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    RoleCache,
+    fill::{Fill, Filled, Joined, Ticket},
+};
+use crate::{
+    role::{Revision, RoleName, UserId},
+    step::{FeedState, Standing},
+    store::{Cause, StoreError},
+};
+
+/// How long a read waits for a proof that holds.
+const PROOF_LIMIT: Duration = Duration::from_millis(500);
+
+/// What a read asks for, beside the users.
+#[derive(Clone, Copy, Debug)]
+pub struct Query {
+    /// At least as fresh as this revision; 0 for whatever is applied.
+    pub min_revision: Revision,
+    /// From the store itself.
+    pub fully_consistent: bool,
+    /// When the caller stops waiting.
+    pub deadline: Instant,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Source {
+    Cache,
+    Store,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Answer {
+    pub role: RoleName,
+    /// The answer is true as of this revision or a later one.
+    pub revision: Revision,
+    pub source: Source,
+    /// Older than the promise of bounded staleness allows.
+    pub stale: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Answers {
+    /// In the order asked.
+    pub roles: Vec<RoleName>,
+    pub revision: Revision,
+    pub stale: bool,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("the store does not answer: {0}")]
+    Unreachable(Cause),
+    #[error("the store is broken: {0}")]
+    Broken(Cause),
+    #[error("nothing was proven for {age:?}")]
+    TooStale { age: Duration },
+    #[error("too many reads wait for the store")]
+    Overloaded,
+    #[error("revision {requested} is not known; the newest is {head}")]
+    UnknownRevision { requested: Revision, head: Revision },
+    #[error("the deadline passed")]
+    Deadline,
+}
+
+/// What may answer now.
+enum Footing {
+    /// The cache, as the truth of `Standing::applied`.
+    Cache(Standing),
+    /// The store: the cache is behind, or not loaded.
+    Store(Standing),
+    /// The cache, marked stale.
+    Stale(Standing, Duration),
+}
+
+/// How a read wants its misses loaded.
+#[derive(Clone, Copy)]
+struct Wish {
+    /// By a query that is sent after this.
+    fresh: Option<Ticket>,
+    /// As hits and misses; reads that ask for the store are neither.
+    counted: bool,
+}
+
+/// A read's part in the load of one user.
+struct Pending {
+    index: usize,
+    user: UserId,
+    fill: Arc<Fill>,
+    too_old: bool,
+}
+
+impl RoleCache {
+    /// The role of one user.
+    pub async fn get(&self, user: UserId, query: Query) -> Result<Answer, ReadError> {
+        if let Some(answer) = self.hit(user, query) {
+            return Ok(answer);
+        }
+        let misses = self.read(&[user], query).await?;
+        let [role]: [RoleName; 1] = misses.roles.try_into().expect("one role for one user");
+        Ok(Answer { role, revision: misses.revision, source: misses.source, stale: misses.stale })
+    }
+
+    /// The roles of many users, each true as of the one revision of the answer.
+    pub async fn get_many(&self, users: &[UserId], query: Query) -> Result<Answers, ReadError> {
+        let read = self.read(users, query).await?;
+        Ok(Answers { roles: read.roles, revision: read.revision, stale: read.stale })
+    }
+
+    /// The way of nearly every read: proof, entry, answer, without waiting.
+    fn hit(&self, user: UserId, query: Query) -> Option<Answer> {
+        let standing = self.step.standing();
+        if query.fully_consistent || query.min_revision > standing.applied || !standing.is_proven() {
+            return None;
+        }
+        let role = self.look(user)?;
+        if self.step.history() != standing.history {
+            return None;
+        }
+        self.counters.hits.fetch_add(1, Ordering::Relaxed);
+        Some(Answer { role, revision: standing.applied, source: Source::Cache, stale: false })
+    }
+
+    /// What the table says about a user; None where it says nothing.
+    fn look(&self, user: UserId) -> Option<RoleName> {
+        let complete = self.completeness.number();
+        match self.entries.get(user) {
+            Some(id) => Some(self.names.name(id)),
+            // Complete before the look, and the same completeness after it: absence is an answer.
+            None if complete.is_some() && self.completeness.number() == complete => Some(self.default_role.clone()),
+            None => None,
+        }
+    }
+
+    async fn read(&self, users: &[UserId], query: Query) -> Result<ReadAnswer, ReadError> {
+        let within = timeout_at(query.deadline, self.read_in_time(users, query));
+        within.await.unwrap_or(Err(ReadError::Deadline))
+    }
+
+    async fn read_in_time(&self, users: &[UserId], query: Query) -> Result<ReadAnswer, ReadError> {
+        // Whatever this read gets from the store has to be read after this moment, where it asks for a fresh answer.
+        let ahead = query.min_revision > self.step.applied();
+        let fresh = (query.fully_consistent || ahead).then(|| self.fills.ticket());
+        let wish = Wish { fresh, counted: !query.fully_consistent };
+        loop {
+            if query.min_revision > self.step.applied() {
+                self.wait_for(query.min_revision).await?;
+                continue;
+            }
+            let footing = if query.fully_consistent { self.store_footing()? } else { self.footing().await };
+            let answer = match footing {
+                Footing::Cache(standing) => self.answer_from_cache(users, standing, wish).await?,
+                Footing::Store(standing) => self.answer_from_store(users, standing, wish).await?,
+                Footing::Stale(standing, age) => self.answer_stale(users, standing, age)?,
+            };
+            // Of another history than it began in: its roles and its revision may not belong together.
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
+        }
+    }
+
+    /// Waits for a revision that was not applied yet.
+    async fn wait_for(&self, revision: Revision) -> Result<(), ReadError> {
+        let history = self.step.history();
+        if revision > self.step.store_head() {
+            let head = self.store.head().await.map_err(ReadError::from)?.revision;
+            if revision > head {
+                return Err(ReadError::UnknownRevision { requested: revision, head });
+            }
+        }
+        self.step.nudge();
+        // In a history that begins meanwhile the revision is looked up again.
+        let _ = self.step.reach_in(history, revision).await;
+        Ok(())
+    }
+
+    /// What may answer a read that leaves it to us.
+    async fn footing(&self) -> Footing {
+        let standing = self.step.standing();
+        if standing.is_proven() {
+            return Footing::Cache(standing);
+        }
+        if self.step.feed() == FeedState::Live {
+            // Connected when last heard of: this process was paused, or the read is on its way. All share one.
+            let _ = timeout(PROOF_LIMIT, self.step.prove()).await;
+        }
+        let standing = self.step.standing();
+        match self.step.feed() {
+            _ if standing.is_proven() => Footing::Cache(standing),
+            FeedState::CatchingUp => Footing::Store(standing),
+            FeedState::Live | FeedState::Disconnected => {
+                Footing::Stale(standing, standing.proof_age.unwrap_or(Duration::MAX))
+            }
+        }
+    }
+
+    /// What may answer a read that asks for the store.
+    fn store_footing(&self) -> Result<Footing, ReadError> {
+        let standing = self.step.standing();
+        match self.step.feed() {
+            FeedState::Disconnected if !standing.is_proven() => Err(ReadError::silent()),
+            _ => Ok(Footing::Store(standing)),
+        }
+    }
+
+    /// Hits from the table, the rest by fills.
+    async fn answer_from_cache(
+        &self,
+        users: &[UserId],
+        standing: Standing,
+        wish: Wish,
+    ) -> Result<Option<ReadAnswer>, ReadError> {
+        let mut roles: Vec<Option<RoleName>> = users.iter().map(|user| self.look(*user)).collect();
+        let missing: Vec<usize> = (0..users.len()).filter(|index| roles[*index].is_none()).collect();
+        // Not loaded yet, a complete cache sends everybody to the store: no more at once than a lost feed may.
+        let _turn = match missing.is_empty() || self.is_loaded() {
+            true => None,
+            false => Some(self.fallback.try_acquire().map_err(|_| ReadError::Overloaded)?),
+        };
+        if self.step.history() != standing.history {
+            return Ok(None);
+        }
+        self.counters.hits.fetch_add((users.len() - missing.len()) as u64, Ordering::Relaxed);
+        self.counters.misses.fetch_add(missing.len() as u64, Ordering::Relaxed);
+        if missing.is_empty() {
+            let roles = roles.into_iter().flatten().collect();
+            return Ok(Some(ReadAnswer { roles, revision: standing.applied, source: Source::Cache, stale: false }));
+        }
+        let users_missing: Vec<UserId> = missing.iter().map(|index| users[*index]).collect();
+        let (filled, oldest) = self.fill_all(&users_missing, standing, wish).await?;
+        for (index, role) in missing.into_iter().zip(filled) {
+            roles[index] = Some(role);
+        }
+        // Where everything was loaded the answer is as new as the load; hits are only as new as the look at them.
+        let revision = if users_missing.len() == users.len() { oldest } else { standing.applied };
+        let roles = roles.into_iter().flatten().collect();
+        Ok(Some(ReadAnswer { roles, revision, source: Source::Store, stale: false }))
+    }
+
+    async fn answer_from_store(
+        &self,
+        users: &[UserId],
+        standing: Standing,
+        wish: Wish,
+    ) -> Result<Option<ReadAnswer>, ReadError> {
+        // A lost feed must not drown the database; a fully consistent read of a healthy one may ask.
+        let _turn = match standing.is_proven() {
+            true => None,
+            false => Some(self.fallback.try_acquire().map_err(|_| ReadError::Overloaded)?),
+        };
+        if wish.counted {
+            self.counters.misses.fetch_add(users.len() as u64, Ordering::Relaxed);
+        }
+        let (roles, revision) = self.fill_all(users, standing, wish).await?;
+        Ok(Some(ReadAnswer { roles, revision, source: Source::Store, stale: false }))
+    }
+
+    fn answer_stale(
+        &self,
+        users: &[UserId],
+        standing: Standing,
+        age: Duration,
+    ) -> Result<Option<ReadAnswer>, ReadError> {
+        let roles: Vec<RoleName> = users.iter().filter_map(|user| self.look(*user)).collect();
+        let misses = users.len() - roles.len();
+        if self.step.history() != standing.history {
+            return Ok(None);
+        }
+        self.counters.hits.fetch_add(roles.len() as u64, Ordering::Relaxed);
+        self.counters.misses.fetch_add(misses as u64, Ordering::Relaxed);
+        if misses > 0 {
+            return Err(ReadError::silent());
+        }
+        if age > self.options.max_staleness {
+            return Err(ReadError::TooStale { age });
+        }
+        self.counters.stale_answers.fetch_add(1, Ordering::Relaxed);
+        Ok(Some(ReadAnswer { roles, revision: standing.applied, source: Source::Cache, stale: true }))
+    }
+
+    /// The roles of users by fills, one each, and the oldest revision among them. None is older than `standing`.
+    async fn fill_all(
+        &self,
+        users: &[UserId],
+        standing: Standing,
+        wish: Wish,
+    ) -> Result<(Vec<RoleName>, Revision), ReadError> {
+        let mut found: Vec<Option<Filled>> = vec![None; users.len()];
+        let mut wanted: Vec<usize> = (0..users.len()).collect();
+        while !wanted.is_empty() {
+            let pending: Vec<Pending> =
+                wanted.drain(..).map(|index| self.join(index, users[index], wish)).collect::<Result<_, _>>()?;
+            for Pending { index, user, fill, too_old } in pending {
+                let outcome = fill.outcome().await;
+                if too_old {
+                    wanted.push(index);
+                    continue;
+                }
+                let filled = outcome?;
+                // It goes out once this replica has applied as much: a later read must not be older.
+                let reached = self.step.reach_in(standing.history, filled.revision).await.is_ok();
+                if reached && filled.revision >= standing.applied {
+                    found[index] = Some(filled);
+                } else if self.step.history() != standing.history {
+                    return Err(ReadError::history_moved(user));
+                } else {
+                    wanted.push(index);
+                }
+            }
+        }
+        let found: Vec<Filled> = found.into_iter().flatten().collect();
+        let oldest = found.iter().map(|filled| filled.revision).min().unwrap_or(standing.applied);
+        Ok((found.into_iter().map(|filled| filled.role).collect(), oldest))
+    }
+
+    fn join(&self, index: usize, user: UserId, wish: Wish) -> Result<Pending, ReadError> {
+        let (fill, too_old) = match self.fills.join(user, wish.fresh) {
+            Joined::Waits(fill) => {
+                self.counters.coalesced_misses.fetch_add(u64::from(wish.counted), Ordering::Relaxed);
+                (fill, false)
+            }
+            Joined::TooOld(fill) => (fill, true),
+            Joined::Began(fill) => match self.queue.try_send(fill.clone()) {
+                Ok(()) => (fill, false),
+                Err(TrySendError::Full(_) | TrySendError::Closed(_)) => {
+                    self.fills.finish(&fill, Err(ReadError::Overloaded));
+                    return Err(ReadError::Overloaded);
+                }
+            },
+        };
+        Ok(Pending { index, user, fill, too_old })
+    }
+}
+
+struct ReadAnswer {
+    roles: Vec<RoleName>,
+    revision: Revision,
+    source: Source,
+    stale: bool,
+}
+
+// === impl ReadError ===
+
+impl ReadError {
+    pub(super) fn silent() -> Self {
+        Self::Unreachable(Arc::new(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time")))
+    }
+
+    fn history_moved(user: UserId) -> Self {
+        let message = format!("its history changed while the role of {user} was read");
+        Self::Unreachable(Arc::new(std::io::Error::other(message)))
+    }
+}
+
+impl From<StoreError> for ReadError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unreachable(cause) => Self::Unreachable(cause),
+            StoreError::Broken(cause) => Self::Broken(cause),
+        }
+    }
+}

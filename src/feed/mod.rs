@@ -1,0 +1,213 @@
+//! The feed: what the log says, once read by one tailer, for any number of watchers.
+//!
+//! A watcher is a [`Cursor`]: its place in the log, over a ring that all share. It pulls; nothing is ever queued for it,
+//! so that a watcher that does not read costs its place and no more.
+
+mod audit;
+mod ring;
+mod tailer;
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use tokio::sync::{Semaphore, watch};
+
+use self::ring::{Lookup, Ring};
+pub use self::tailer::{Apply, Broken, Tailer};
+use crate::{
+    role::{Anchor, Commit, Revision},
+    step::{History, Place, Step, Stepper},
+    store::{LogError, Page, Position, Store, StoreError},
+};
+
+/// A commit of more changes is paged from the store by everybody, instead of being held in memory.
+pub const OVERSIZED: u64 = 10_000;
+
+/// Watchers that page the log from the store at once; the others wait for their turn.
+const PAGERS: usize = 4;
+
+/// Changes that a paging watcher holds at once.
+const PAGER_LIMIT: usize = 1_000;
+
+/// Before a watcher asks a store again that did not answer.
+const PAGER_RETRY: Duration = Duration::from_millis(500);
+
+/// How the feed is built.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How often the log is read where nothing says that it grew.
+    pub poll_interval: Duration,
+    /// Of commits held in memory.
+    pub ring_bytes: usize,
+}
+
+/// The log as this replica has applied it. Cheap to clone.
+#[derive(Clone)]
+pub struct Feed {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Arc<dyn Store>,
+    step: Step,
+    ring: RwLock<Ring>,
+    pagers: Arc<Semaphore>,
+}
+
+/// A watcher's place in the log.
+pub struct Cursor {
+    feed: Feed,
+    position: Position,
+    history: History,
+    places: watch::Receiver<Place>,
+    /// What the last page brought and the watcher has not taken yet: its commits, each with where it leads.
+    paged: VecDeque<Arc<Commit>>,
+    paged_to: Option<Position>,
+    /// A page on its way. Kept here so that a watcher may stop waiting and come back to it.
+    paging: Option<BoxFuture<'static, Result<Page, LogError>>>,
+}
+
+/// Why a watch cannot go on.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CursorError {
+    #[error("the store's history changed after revision {}", last.revision)]
+    HistoryChanged { last: Anchor },
+    #[error("the log is trimmed up to revision {oldest}, which is after {requested}")]
+    Compacted { requested: Revision, oldest: Revision, head: Revision },
+    #[error(transparent)]
+    Broken(StoreError),
+}
+
+/// A feed over `store`, and the task that keeps it.
+pub fn feed(options: Options, store: Arc<dyn Store>, stepper: Stepper, apply: Arc<dyn Apply>) -> (Feed, Tailer) {
+    let step = stepper.reader();
+    let ring = RwLock::new(Ring::new(step.place().applied, options.ring_bytes));
+    let shared = Arc::new(Shared { store, step, ring, pagers: Arc::new(Semaphore::new(PAGERS)) });
+    let feed = Feed { shared };
+    (feed.clone(), Tailer::new(options, feed, stepper, apply))
+}
+
+// === impl Feed ===
+
+impl Feed {
+    /// A cursor for a watcher that has seen everything up to `anchor`, which was looked up in or after `history`.
+    pub fn after(&self, anchor: Anchor, history: History) -> Cursor {
+        let places = self.shared.step.subscribe();
+        Cursor {
+            feed: self.clone(),
+            position: anchor.into(),
+            history,
+            places,
+            paged: VecDeque::new(),
+            paged_to: None,
+            paging: None,
+        }
+    }
+
+    fn look(&self, anchor: Anchor) -> Lookup {
+        // Pure data: a panic inside cannot leave the ring half changed in a way that later looks miss.
+        self.shared.ring.read().unwrap_or_else(PoisonError::into_inner).after(anchor)
+    }
+
+    fn append(&self, commit: Arc<Commit>) {
+        self.shared.ring.write().unwrap_or_else(PoisonError::into_inner).append(commit);
+    }
+
+    fn restart(&self, floor: Anchor, bytes: usize) {
+        *self.shared.ring.write().unwrap_or_else(PoisonError::into_inner) = Ring::new(floor, bytes);
+    }
+}
+
+// === impl Cursor ===
+
+impl Cursor {
+    /// The last commit that was taken whole.
+    pub fn seen(&self) -> Anchor {
+        self.position.anchor
+    }
+
+    /// Whether the last commit that was taken has more changes to come.
+    pub fn is_inside_a_commit(&self) -> bool {
+        self.position.inside.is_some()
+    }
+
+    /// What follows: a whole commit, or a run of one whose last run says so by [`Commit::ends_here`]. Waits until there
+    /// is something. May be dropped while it waits, and called again.
+    pub async fn next(&mut self) -> Result<Arc<Commit>, CursorError> {
+        loop {
+            if self.places.borrow().history != self.history {
+                return Err(CursorError::HistoryChanged { last: self.seen() });
+            }
+            if let Some(commit) = self.paged.pop_front() {
+                self.position = match self.paged_to.filter(|_| self.paged.is_empty()) {
+                    Some(end) => end,
+                    None => commit.anchor().into(),
+                };
+                return Ok(commit);
+            }
+            if let Some(paging) = &mut self.paging {
+                let page = paging.await;
+                self.paging = None;
+                self.take(page).await?;
+                continue;
+            }
+            let applied = self.places.borrow_and_update().applied.revision;
+            match self.feed.look(self.seen()) {
+                Lookup::Next(commit) if self.position.inside.is_none() && commit.is_whole() => {
+                    self.position = commit.anchor().into();
+                    return Ok(commit);
+                }
+                Lookup::Next(_) => self.paging = Some(self.page()),
+                Lookup::Behind if self.seen().revision < applied => self.paging = Some(self.page()),
+                Lookup::Behind | Lookup::UpToDate => self.moved().await?,
+                Lookup::Foreign => return Err(CursorError::HistoryChanged { last: self.seen() }),
+            }
+        }
+    }
+
+    fn page(&self) -> BoxFuture<'static, Result<Page, LogError>> {
+        let (shared, position) = (self.feed.shared.clone(), self.position);
+        Box::pin(async move {
+            let Ok(_turn) = shared.pagers.acquire().await else { unreachable!("the semaphore is never closed") };
+            shared.store.read_log(&position, PAGER_LIMIT).await
+        })
+    }
+
+    async fn take(&mut self, page: Result<Page, LogError>) -> Result<(), CursorError> {
+        let page = match page {
+            Ok(page) => page,
+            Err(LogError::Store(StoreError::Unreachable(cause))) => {
+                tracing::debug!(%cause, "a watcher asks the store for the log again");
+                tokio::time::sleep(PAGER_RETRY).await;
+                return Ok(());
+            }
+            Err(LogError::Store(error)) => return Err(CursorError::Broken(error)),
+            Err(LogError::Compacted { requested, oldest, head }) => {
+                return Err(CursorError::Compacted { requested, oldest, head });
+            }
+            Err(LogError::HistoryChanged { .. } | LogError::Unknown { .. }) => {
+                return Err(CursorError::HistoryChanged { last: self.seen() });
+            }
+        };
+        // Pages never run ahead of what the cache has applied: who hears of a change and then reads would otherwise get
+        // the old role.
+        let applied = self.places.borrow().applied.revision;
+        let whole_page = page.commits.len();
+        self.paged = page.commits.into_iter().take_while(|commit| commit.revision <= applied).map(Arc::new).collect();
+        self.paged_to = (self.paged.len() == whole_page).then_some(page.next);
+        if self.paged.is_empty() {
+            self.moved().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the next move of this replica.
+    async fn moved(&mut self) -> Result<(), CursorError> {
+        // The tailer lives as long as the server.
+        self.places.changed().await.map_err(|_| CursorError::HistoryChanged { last: self.seen() })
+    }
+}

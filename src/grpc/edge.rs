@@ -1,0 +1,103 @@
+//! What every call passes on its way in and its answer on its way out, outermost first:
+//!
+//! 1. a server that shuts down refuses, so that clients go elsewhere at once;
+//! 2. a panic is answered as a bug, and counted in the log, instead of breaking the connection;
+//! 3. statuses that tonic makes itself (broken and oversized messages) become those of the contract;
+//! 4. calls in flight are bounded, before they take memory; watches have a bound of their own;
+//! 5. the caller's deadline is kept here: tonic has its server answer CANCELLED.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use futures::FutureExt;
+use http::{Request, Response};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, body::Body, service::Routes};
+use tower::ServiceExt;
+
+use super::{MESSAGE_LIMIT, deadline::Deadline, status::Fault};
+use crate::proto::v1::role_cache_service_server::SERVICE_NAME;
+
+/// Of a call whose caller named none.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The way in.
+#[derive(Clone)]
+pub(super) struct Edge {
+    routes: Routes,
+    calls: Arc<Semaphore>,
+    shutdown: CancellationToken,
+}
+
+impl Edge {
+    pub(super) fn new(routes: Routes, calls: usize, shutdown: CancellationToken) -> Self {
+        Self { routes, calls: Arc::new(Semaphore::new(calls)), shutdown }
+    }
+
+    pub(super) async fn call<B>(&self, mut request: Request<B>) -> Response<Body>
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let method = request.uri().path().strip_prefix('/').and_then(|path| path.split_once('/'));
+        let Some((SERVICE_NAME, method)) = method else {
+            // Health and reflection stay open to the end: probes have to see it come.
+            return self.route(request).await;
+        };
+        if self.shutdown.is_cancelled() {
+            return refuse(Fault::ShuttingDown);
+        }
+        let is_watch = method == "WatchRoleChanges";
+        let Ok(_call) = self.calls.try_acquire() else { return refuse(Fault::Overloaded) };
+        let deadline = Deadline::of(request.headers());
+        if let Some(deadline) = deadline {
+            request.extensions_mut().insert(deadline);
+        }
+        // Of a watch, until it is open: its stream keeps the deadline itself.
+        let limit = deadline.map_or_else(|| Instant::now() + DEADLINE, |deadline| deadline.0);
+        let answer = timeout_at(limit, AssertUnwindSafe(self.route(request)).catch_unwind()).await;
+        match answer {
+            Ok(Ok(response)) => in_our_words(response),
+            Ok(Err(panic)) => refuse(Fault::bug(&panic_message(&*panic))),
+            Err(_) if is_watch => refuse(Fault::StoreUnreachable),
+            Err(_) => refuse(Fault::Deadline),
+        }
+    }
+
+    async fn route<B>(&self, request: Request<B>) -> Response<Body>
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let Ok(response) = self.routes.clone().oneshot(request).await;
+        response
+    }
+}
+
+fn refuse(fault: Fault) -> Response<Body> {
+    Status::from(fault).into_http()
+}
+
+/// Every status of ours carries details; one without was made by tonic, which could not read the request.
+fn in_our_words(response: Response<Body>) -> Response<Body> {
+    let headers = response.headers();
+    if headers.contains_key("grpc-status-details-bin") {
+        return response;
+    }
+    let code = headers.get("grpc-status").map(|code| Code::from_bytes(code.as_bytes()));
+    match code {
+        Some(Code::OutOfRange) => refuse(Fault::MessageTooLarge { limit: MESSAGE_LIMIT }),
+        Some(Code::Internal | Code::InvalidArgument | Code::Unknown) => {
+            refuse(Fault::field("(message)", "the request is no message of this method"))
+        }
+        _ => response,
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a message")
+}

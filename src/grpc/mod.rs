@@ -1,0 +1,160 @@
+//! gRPC: the services, what every call passes on its way to them, and the connections.
+//!
+//! `tonic` and `prost` are known here and in the client only.
+
+mod convert;
+mod deadline;
+mod edge;
+mod roles;
+mod status;
+mod token;
+mod transport;
+mod watch;
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
+
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use self::{edge::Edge, roles::RoleService, watch::Watches};
+use crate::{
+    cache::RoleCache,
+    feed::Feed,
+    proto::{
+        FILE_DESCRIPTOR_SET,
+        v1::role_cache_service_server::{RoleCacheServiceServer, SERVICE_NAME},
+    },
+    role::RoleName,
+    step::Step,
+    store::Store,
+    writer::Writer,
+};
+
+/// Of a request.
+const MESSAGE_LIMIT: usize = 256 * 1024;
+
+/// How long a read waits for a revision, or for anything else.
+const READ_LIMIT: Duration = Duration::from_secs(5);
+
+/// Who asks, where the server asks nobody who they are.
+const ANONYMOUS: &str = "anonymous";
+
+/// Snapshots that are read from the store at once.
+const SNAPSHOTS: usize = 4;
+
+/// How much is served at once; what is over it is refused.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub calls: usize,
+    pub watches: usize,
+}
+
+/// What the services answer from.
+pub struct Core {
+    cache: Arc<RoleCache>,
+    feed: Feed,
+    writer: Writer,
+    store: Arc<dyn Store>,
+    step: Step,
+    /// Those that writes may set.
+    roles: Vec<RoleName>,
+    watches: Watches,
+    snapshots: Semaphore,
+    started: Instant,
+    shutdown: CancellationToken,
+}
+
+/// The gRPC side of a server: bound and answering from the start, with a core as soon as the store is reached.
+pub struct Grpc {
+    core: Arc<OnceLock<Arc<Core>>>,
+    health: HealthReporter,
+    connections: TaskTracker,
+    limits: Limits,
+    started: Instant,
+    /// Refuses new calls and ends watches.
+    shutdown: CancellationToken,
+}
+
+impl Grpc {
+    /// The services, and a future that accepts connections for them until [`Grpc::stop`].
+    pub async fn new(
+        listener: TcpListener,
+        limits: Limits,
+        reflection: bool,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let core = Arc::new(OnceLock::new());
+        let service =
+            RoleCacheServiceServer::new(RoleService::new(core.clone())).max_decoding_message_size(MESSAGE_LIMIT);
+        let mut routes = Routes::new(service).add_service(health_service);
+        if reflection {
+            let build = || {
+                tonic_reflection::server::Builder::configure()
+                    .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+                    .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            };
+            let unreadable = "descriptors that the build made";
+            routes = routes
+                .add_service(build().build_v1().expect(unreadable))
+                .add_service(build().build_v1alpha().expect(unreadable));
+        }
+        let shutdown = CancellationToken::new();
+        let edge = Edge::new(routes.prepare(), limits.calls, shutdown.clone());
+        let connections = TaskTracker::new();
+        let accept = transport::serve(listener, edge, connections.clone(), shutdown.clone());
+        let grpc = Self { core, health, connections, limits, started: Instant::now(), shutdown };
+        grpc.set_serving(false).await;
+        (grpc, accept)
+    }
+
+    /// From now on calls are answered instead of refused.
+    ///
+    /// # Panics
+    /// On a second call.
+    pub fn open(
+        &self,
+        cache: Arc<RoleCache>,
+        feed: Feed,
+        writer: Writer,
+        store: Arc<dyn Store>,
+        step: Step,
+        roles: Vec<RoleName>,
+    ) {
+        let core = Core {
+            cache,
+            feed,
+            writer,
+            store,
+            step,
+            roles,
+            watches: Watches::new(self.limits.watches),
+            snapshots: Semaphore::new(SNAPSHOTS),
+            started: self.started,
+            shutdown: self.shutdown.clone(),
+        };
+        assert!(self.core.set(Arc::new(core)).is_ok(), "a server has one core");
+    }
+
+    /// What health checks are told, of the server as a whole and of its service.
+    pub async fn set_serving(&self, serving: bool) {
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        self.health.set_service_status("", status).await;
+        self.health.set_service_status(SERVICE_NAME, status).await;
+    }
+
+    /// Refuses new calls, tells watches to end, and waits for those in flight.
+    pub async fn drain(&self) {
+        self.shutdown.cancel();
+        // Ends the health streams: they would be in flight for ever.
+        let mut health = self.health.clone();
+        health.clear_service_status("").await;
+        health.clear_service_status(SERVICE_NAME).await;
+        self.connections.close();
+        self.connections.wait().await;
+    }
+}

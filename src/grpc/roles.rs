@@ -1,0 +1,302 @@
+//! The service: each RPC converts, calls, converts, and has no logic of its own.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+};
+
+use tokio::time::Instant;
+use tonic::{Extensions, Request, Response, Status};
+
+use super::{
+    ANONYMOUS, Core, READ_LIMIT, convert,
+    deadline::Deadline,
+    status::Fault,
+    token::{ChangesPlace, Listing, UsersPlace},
+    watch::{self, WatchStream},
+};
+use crate::{
+    cache::{Query, Source},
+    proto::v1::{self, role_cache_service_server::RoleCacheService},
+    role::{MailboxId, Revision, RoleName},
+    store::{Call, ListPosition, Op, Written},
+    writer::WriteFailure,
+};
+
+/// The RPCs of the contract, over a core that is there once the store has been reached.
+#[derive(Clone)]
+pub(super) struct RoleService {
+    core: Arc<OnceLock<Arc<Core>>>,
+}
+
+impl RoleService {
+    pub(super) fn new(core: Arc<OnceLock<Arc<Core>>>) -> Self {
+        Self { core }
+    }
+
+    fn core(&self) -> Result<&Arc<Core>, Fault> {
+        self.core.get().ok_or(Fault::StoreUnreachable)
+    }
+}
+
+#[tonic::async_trait]
+impl RoleCacheService for RoleService {
+    type WatchRoleChangesStream = WatchStream;
+
+    async fn get_role(&self, request: Request<v1::GetRoleRequest>) -> Result<Response<v1::GetRoleResponse>, Status> {
+        let (_, extensions, request) = request.into_parts();
+        let user = convert::user_id("user_id", request.user_id)?;
+        let query = query(request.min_revision, request.fully_consistent, &extensions)?;
+        let answer = self.core()?.cache.get(user, query).await.map_err(Fault::read)?;
+        let source = match answer.source {
+            Source::Cache => v1::Source::Cache,
+            Source::Store => v1::Source::Store,
+        };
+        Ok(Response::new(v1::GetRoleResponse {
+            user_id: user.0,
+            role: answer.role.to_string(),
+            revision: answer.revision.0,
+            source: source.into(),
+            stale: answer.stale,
+        }))
+    }
+
+    async fn batch_get_roles(
+        &self,
+        request: Request<v1::BatchGetRolesRequest>,
+    ) -> Result<Response<v1::BatchGetRolesResponse>, Status> {
+        let (_, extensions, request) = request.into_parts();
+        let users = convert::user_ids("user_ids", &request.user_ids)?;
+        let query = query(request.min_revision, request.fully_consistent, &extensions)?;
+        let answers = self.core()?.cache.get_many(&users, query).await.map_err(Fault::read)?;
+        let mut roles: Vec<String> = Vec::new();
+        let mut places: HashMap<RoleName, u32> = HashMap::new();
+        let place = |role: RoleName| {
+            *places.entry(role).or_insert_with_key(|role| {
+                roles.push(role.to_string());
+                roles.len() as u32 - 1
+            })
+        };
+        let role_indexes = answers.roles.into_iter().map(place).collect();
+        let (revision, stale) = (answers.revision.0, answers.stale);
+        Ok(Response::new(v1::BatchGetRolesResponse { roles, role_indexes, revision, stale }))
+    }
+
+    async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Result<Response<v1::SetRoleResponse>, Status> {
+        let mut request = request.into_inner();
+        let core = self.core()?;
+        let request_id = std::mem::take(&mut request.request_id);
+        let request_id = convert::request_id("SetRole", request_id, &request)?;
+        let user = convert::user_id("user_id", request.user_id)?;
+        let role = convert::role_to_write("role", &request.role, &core.roles)?;
+        let username = convert::name("username", request.username)?;
+        let compare = |role| convert::role_to_compare("expected_role", role);
+        let expected = request.expected_role.map(compare).transpose()?;
+        let reason = convert::reason("reason", request.reason)?;
+        let op = Op::Set { user, role, username, expected, reason };
+        let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
+        let revision = written.revision.0;
+        Ok(Response::new(v1::SetRoleResponse { change: core.changes(&written).pop(), revision }))
+    }
+
+    async fn transfer_admin(
+        &self,
+        request: Request<v1::TransferAdminRequest>,
+    ) -> Result<Response<v1::TransferAdminResponse>, Status> {
+        let mut request = request.into_inner();
+        let core = self.core()?;
+        let request_id = std::mem::take(&mut request.request_id);
+        let request_id = convert::request_id("TransferAdmin", request_id, &request)?;
+        let from = convert::user_id("from_user_id", request.from_user_id)?;
+        let to = convert::user_id("to_user_id", request.to_user_id)?;
+        if from == to {
+            return Err(Fault::field("to_user_id", "it must not be from_user_id").into());
+        }
+        let mailbox = request.mailbox_id.map(|id| convert::mailbox_id("mailbox_id", id)).transpose()?;
+        let to_username = convert::name("to_username", request.to_username)?;
+        let reason = convert::reason("reason", request.reason)?;
+        let op = Op::Transfer { from, to, mailbox, demote_from: request.demote_from, to_username, reason };
+        let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
+        let revision = written.revision.0;
+        Ok(Response::new(v1::TransferAdminResponse { changes: core.changes(&written), revision }))
+    }
+
+    async fn delete_user(
+        &self,
+        request: Request<v1::DeleteUserRequest>,
+    ) -> Result<Response<v1::DeleteUserResponse>, Status> {
+        let mut request = request.into_inner();
+        let core = self.core()?;
+        let request_id = std::mem::take(&mut request.request_id);
+        let request_id = convert::request_id("DeleteUser", request_id, &request)?;
+        let user = convert::user_id("user_id", request.user_id)?;
+        let reason = convert::reason("reason", request.reason)?;
+        let op = Op::Delete { user, reason };
+        let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
+        let revision = written.revision.0;
+        Ok(Response::new(v1::DeleteUserResponse { change: core.changes(&written).pop(), revision }))
+    }
+
+    async fn register_mailbox(
+        &self,
+        request: Request<v1::RegisterMailboxRequest>,
+    ) -> Result<Response<v1::RegisterMailboxResponse>, Status> {
+        let request = request.into_inner();
+        let mailbox = convert::mailbox_id("mailbox_id", request.mailbox_id)?;
+        let creator = convert::user_id("creator_id", request.creator_id)?;
+        let op = Op::Register { mailbox, creator };
+        self.core()?.write(Call { actor: ANONYMOUS.into(), request: None, op }).await?;
+        Ok(Response::new(v1::RegisterMailboxResponse {}))
+    }
+
+    async fn get_mailbox(
+        &self,
+        request: Request<v1::GetMailboxRequest>,
+    ) -> Result<Response<v1::GetMailboxResponse>, Status> {
+        let mailbox = convert::mailbox_id("mailbox_id", request.into_inner().mailbox_id)?;
+        let creator = self.core()?.store.mailbox(mailbox).await.map_err(Fault::store)?;
+        let creator = creator.ok_or(Fault::MailboxNotFound { mailbox })?;
+        Ok(Response::new(v1::GetMailboxResponse { mailbox_id: mailbox.0, creator_id: creator.0 }))
+    }
+
+    async fn list_users(
+        &self,
+        request: Request<v1::ListUsersRequest>,
+    ) -> Result<Response<v1::ListUsersResponse>, Status> {
+        let request = request.into_inner();
+        let core = self.core()?;
+        let limit = convert::page_size(request.page_size)?;
+        let role = convert::role_to_compare("role", request.role)?;
+        let listing = Listing::new(&[b"users", role.as_bytes()]);
+        let after = match &*request.page_token {
+            "" => None,
+            token => Some(UsersPlace::parse(token, listing).map_err(|_| broken_page_token())?.after),
+        };
+        let role = Some(&*role).filter(|role| !role.is_empty());
+        let mut page = core.store.list_users(role, after, limit + 1).await.map_err(Fault::store)?;
+        core.applied(page.head.revision).await?;
+        let next_page_token = last_of_page(&mut page.users, limit)
+            .map_or_else(String::new, |last| UsersPlace { listing, after: last.user }.token());
+        let users = page.users.into_iter().map(convert::user_role).collect();
+        Ok(Response::new(v1::ListUsersResponse { users, next_page_token, revision: page.head.revision.0 }))
+    }
+
+    async fn list_role_changes(
+        &self,
+        request: Request<v1::ListRoleChangesRequest>,
+    ) -> Result<Response<v1::ListRoleChangesResponse>, Status> {
+        let request = request.into_inner();
+        let core = self.core()?;
+        let limit = convert::page_size(request.page_size)?;
+        let user = request.user_id.map(|id| convert::user_id("user_id", id)).transpose()?;
+        let after = convert::revision("after_revision", request.after_revision)?;
+        let of_user = user.map_or(0, |user| user.0).to_be_bytes();
+        let listing = Listing::new(&[b"changes", &of_user, &after.0.to_be_bytes()]);
+        let kept_only = after == Revision(0);
+        let from = match &*request.page_token {
+            "" => ListPosition { revision: after, inside: None, kept_only },
+            token => {
+                let place = ChangesPlace::parse(token, listing).map_err(|_| broken_page_token())?;
+                ListPosition { revision: place.revision, inside: Some((place.index + 1, place.row)), kept_only }
+            }
+        };
+        let page = core.store.list_changes(user, from, limit + 1).await;
+        let mut page = page.map_err(|error| Fault::log(error, core.store.facts().store_id))?;
+        core.applied(page.head.revision).await?;
+        let next_page_token = last_of_page(&mut page.changes, limit).map_or_else(String::new, |last| {
+            ChangesPlace { listing, revision: last.revision, index: last.change.index, row: last.row }.token()
+        });
+        let change = |listed: &crate::store::ListedChange| {
+            convert::change(&listed.change, listed.revision, listed.at, &core.store.facts().admin_role)
+        };
+        let changes = page.changes.iter().map(change).collect();
+        Ok(Response::new(v1::ListRoleChangesResponse { changes, next_page_token }))
+    }
+
+    async fn stats(&self, _: Request<v1::StatsRequest>) -> Result<Response<v1::StatsResponse>, Status> {
+        Ok(Response::new(self.core()?.stats()))
+    }
+
+    async fn watch_role_changes(
+        &self,
+        request: Request<v1::WatchRoleChangesRequest>,
+    ) -> Result<Response<Self::WatchRoleChangesStream>, Status> {
+        let (_, extensions, request) = request.into_parts();
+        let stream = watch::open(self.core()?.clone(), request, deadline(&extensions)).await?;
+        Ok(Response::new(stream))
+    }
+}
+
+// === impl Core ===
+
+impl Core {
+    async fn write(&self, call: Call) -> Result<Written, Fault> {
+        let mailbox: Option<MailboxId> = call.mailbox();
+        self.writer.write(call).await.map_err(|failure: WriteFailure| Fault::write(failure, mailbox))
+    }
+
+    fn changes(&self, written: &Written) -> Vec<v1::RoleChange> {
+        let admin = &self.store.facts().admin_role;
+        written.changes.iter().map(|change| convert::change(change, written.revision, written.at, admin)).collect()
+    }
+
+    /// Waits until this replica has applied what an answer from the store shows: who sees it and then reads must not
+    /// get an older role.
+    pub(super) async fn applied(&self, revision: Revision) -> Result<(), Fault> {
+        self.step.nudge();
+        match tokio::time::timeout(READ_LIMIT, self.step.reach(revision)).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Fault::StoreUnreachable),
+        }
+    }
+
+    fn stats(&self) -> v1::StatsResponse {
+        let stats = self.cache.stats();
+        let reads = stats.hits + stats.misses;
+        let facts = self.store.facts();
+        let int = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        v1::StatsResponse {
+            hits: int(stats.hits),
+            misses: int(stats.misses),
+            hit_rate_percent: if reads == 0 { 0.0 } else { stats.hits as f64 / reads as f64 * 100.0 },
+            cache_size: int(stats.users),
+            events_processed: int(stats.changes_applied),
+            event_handlers: self.watches.open() as i64,
+            revision: self.step.applied().0,
+            store_revision: self.step.store_head().max(self.step.applied()).0,
+            store_id: facts.store_id.to_string(),
+            store_kind: facts.kind.as_str().to_owned(),
+            feed_state: convert::feed_state(self.step.feed()).into(),
+            store_reads: int(stats.store_reads),
+            coalesced_misses: int(stats.coalesced_misses),
+            stale_answers: int(stats.stale_answers),
+            cache_bytes: int(stats.bytes),
+            uptime: prost_types::Duration::try_from(self.started.elapsed()).ok(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+}
+
+fn query(min_revision: i64, fully_consistent: bool, extensions: &Extensions) -> Result<Query, Fault> {
+    let min_revision = convert::revision("min_revision", min_revision)?;
+    let limit = Instant::now() + READ_LIMIT;
+    let deadline = deadline(extensions).map_or(limit, |deadline| deadline.min(limit));
+    Ok(Query { min_revision, fully_consistent, deadline })
+}
+
+fn deadline(extensions: &Extensions) -> Option<Instant> {
+    extensions.get::<Deadline>().map(|deadline| deadline.0)
+}
+
+fn broken_page_token() -> Fault {
+    Fault::field("page_token", "it is none that this listing gave")
+}
+
+/// Cuts a page that was read with one row more than asked for. The last that stays, if there is more.
+fn last_of_page<T>(rows: &mut Vec<T>, limit: usize) -> Option<&T> {
+    if rows.len() <= limit {
+        return None;
+    }
+    rows.truncate(limit);
+    rows.last()
+}

@@ -1,0 +1,85 @@
+//! Connections: accepted, served over HTTP/2, drained.
+//!
+//! The loop is our own because tonic's leaves the limits below off and cannot set the last one: a client that opens
+//! streams and does not read would have it buffer 400 KiB for each.
+
+use std::{convert::Infallible, time::Duration};
+
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::sleep,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::edge::Edge;
+
+/// Streams of one connection at once.
+const STREAMS: u32 = 1_024;
+
+/// Streams of one connection that may have been reset for a client's fault (RUSTSEC-2024-0003).
+const LOCAL_RESETS: usize = 1_024;
+
+/// Bytes that wait in memory for one client that does not read.
+const SEND_BUFFER: usize = 64 * 1024;
+
+const HEADER_BYTES: u32 = 16 * 1024;
+
+/// A client that is gone without a word is noticed after both.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Before the next accept where the process is out of file descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// Accepts connections until `stop`; those that are open are then asked to end, and do so with their last call.
+pub(super) async fn serve(listener: TcpListener, edge: Edge, connections: TaskTracker, stop: CancellationToken) {
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                connections.spawn(connection(stream, edge.clone(), stop.clone()));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+    connections.close();
+}
+
+async fn connection(stream: TcpStream, edge: Edge, stop: CancellationToken) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY could not be set");
+    }
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let edge = edge.clone();
+        async move { Ok::<_, Infallible>(edge.call(request).await) }
+    });
+    let mut http2 = http2::Builder::new(TokioExecutor::new());
+    http2
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_local_error_reset_streams(LOCAL_RESETS)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_header_list_size(HEADER_BYTES)
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+    let connection = http2.serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection broke");
+    }
+}

@@ -1,0 +1,318 @@
+//! WatchRoleChanges: a cursor turned into messages.
+//!
+//! The stream is a future that the connection polls when the client has room for more. A client that does not read is
+//! not polled, and costs its place in the log and what it has not taken yet.
+
+use std::{
+    collections::HashSet,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use async_stream::try_stream;
+use futures::Stream;
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tonic::Status;
+
+use super::{Core, convert, status::Fault, token::Resume};
+use crate::{
+    feed::CursorError,
+    proto::v1::{self, watch_role_changes_response::Event},
+    role::{Anchor, Change, ChangeKind, Commit, RoleName, UserId, UserRow},
+    step::{FeedState, History},
+    store::{LogError, SNAPSHOT_LIMIT, Snapshot},
+};
+
+pub(super) type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchRoleChangesResponse, Status>> + Send>>;
+
+/// Changes in one message, and about how many bytes of text: clients take 4 MiB by default.
+const MESSAGE_CHANGES: usize = 1_000;
+const MESSAGE_BYTES: usize = 1 << 20;
+
+/// How long a watch waits for its turn to read a snapshot.
+const SNAPSHOT_TURN: Duration = Duration::from_secs(5);
+
+/// Counts the open watches.
+pub(super) struct Watches {
+    open: Arc<AtomicUsize>,
+    most: usize,
+}
+
+/// One open watch; counted until it is dropped.
+struct Open(Arc<AtomicUsize>);
+
+/// What a watch asked for, checked.
+struct Filter {
+    users: HashSet<UserId>,
+    roles: HashSet<Box<str>>,
+    kinds: Vec<ChangeKind>,
+}
+
+/// Where a watch starts.
+enum Start {
+    /// The client goes on from here.
+    Resumed(Anchor, History),
+    /// From here on, with nothing before it.
+    Now(Anchor, History),
+    /// With every user first.
+    Snapshot,
+}
+
+/// Opens a watch. Everything that can be refused is refused here, before the first message.
+pub(super) async fn open(
+    core: Arc<Core>,
+    request: v1::WatchRoleChangesRequest,
+    deadline: Option<Instant>,
+) -> Result<WatchStream, Fault> {
+    let users = convert::user_ids("user_ids", &request.user_ids)?.into_iter().collect();
+    let compare = |(index, role)| convert::role_to_compare(&format!("roles[{index}]"), role);
+    let roles = request.roles.into_iter().enumerate().map(compare).collect::<Result<_, _>>()?;
+    let kinds = convert::change_kinds("kinds", &request.kinds)?;
+    let filter = Filter { users, roles, kinds };
+    let interval = convert::heartbeat_interval(request.heartbeat_interval)?;
+    let open = core.watches.enter()?;
+    let start = start(&core, &request.after, request.initial_snapshot).await?;
+    let watch = Watch { core, filter, interval, deadline, _open: open };
+    Ok(Box::pin(watch.run(start)))
+}
+
+async fn start(core: &Core, after: &str, initial_snapshot: bool) -> Result<Start, Fault> {
+    // Of before the look into the store: should its history change in between, the cursor ends.
+    let place = core.step.place();
+    if after.is_empty() {
+        return Ok(if initial_snapshot { Start::Snapshot } else { Start::Now(place.applied, place.history) });
+    }
+    let resume = Resume::parse(after)
+        .map_err(|_| Fault::field("after", "it is neither a resume_token of this service nor a revision"))?;
+    let located = match resume {
+        Resume::After { store_id, anchor } if store_id == core.store.facts().store_id => {
+            core.store.locate(anchor.revision, Some(anchor.tag)).await
+        }
+        Resume::After { anchor, .. } => Err(LogError::HistoryChanged { at: anchor, head: place.applied.revision }),
+        Resume::Revision(revision) => core.store.locate(revision, None).await,
+    };
+    match located {
+        Ok(anchor) => Ok(Start::Resumed(anchor, place.history)),
+        Err(LogError::Compacted { .. } | LogError::HistoryChanged { .. }) if initial_snapshot => Ok(Start::Snapshot),
+        // A token came from a commit: where the store does not have it yet, it has lost it.
+        Err(LogError::Unknown { head, .. }) if matches!(resume, Resume::After { .. }) => {
+            if initial_snapshot {
+                return Ok(Start::Snapshot);
+            }
+            Err(Fault::HistoryChanged { store_id: core.store.facts().store_id, revision: head })
+        }
+        Err(error) => Err(Fault::log(error, core.store.facts().store_id)),
+    }
+}
+
+struct Watch {
+    core: Arc<Core>,
+    filter: Filter,
+    interval: Duration,
+    /// When the client stops listening.
+    deadline: Option<Instant>,
+    _open: Open,
+}
+
+impl Watch {
+    fn run(self, start: Start) -> impl Stream<Item = Result<v1::WatchRoleChangesResponse, Status>> + Send {
+        try_stream! {
+            let store_id = self.core.store.facts().store_id;
+            let mut cursor = match start {
+                Start::Resumed(anchor, history) => {
+                    yield self.started(anchor, true);
+                    self.core.feed.after(anchor, history)
+                }
+                Start::Now(anchor, history) => {
+                    yield self.started(anchor, false);
+                    self.core.feed.after(anchor, history)
+                }
+                Start::Snapshot => {
+                    let Ok(Ok(_turn)) = timeout(SNAPSHOT_TURN, self.core.snapshots.acquire()).await else {
+                        Err(Fault::Overloaded)?
+                    };
+                    let until = Instant::now() + SNAPSHOT_LIMIT;
+                    let history = self.core.step.history();
+                    let mut snapshot = self.core.store.snapshot().await.map_err(Fault::store)?;
+                    let anchor = snapshot.anchor();
+                    // Who learns of a role from the snapshot and then reads must not get an older one.
+                    self.core.applied(anchor.revision).await?;
+                    yield self.started(anchor, false);
+                    loop {
+                        let (users, last) = self.chunk(&mut *snapshot, until).await?;
+                        yield response(Event::Snapshot(v1::Snapshot { users, last }));
+                        if last {
+                            break;
+                        }
+                    }
+                    self.core.feed.after(anchor, history)
+                }
+            };
+
+            let mut places = self.core.step.subscribe();
+            let mut told = FeedState::Live;
+            let mut next_heartbeat = Instant::now() + self.interval;
+            // Parts of a commit have been sent and more are to come: nothing else may come between.
+            let mut inside = false;
+            loop {
+                let happened = tokio::select! {
+                    biased;
+                    () = self.core.shutdown.cancelled() => Happened::Shutdown,
+                    () = self.deadline() => Happened::Deadline,
+                    () = sleep_until(next_heartbeat), if !inside => Happened::Heartbeat,
+                    changed = places.wait_for(|place| place.feed != told), if !inside => {
+                        if changed.is_err() { Happened::Shutdown } else { Happened::Heartbeat }
+                    }
+                    commit = cursor.next() => Happened::Commit(commit),
+                };
+                match happened {
+                    Happened::Heartbeat => {
+                        told = self.core.step.feed();
+                        next_heartbeat = Instant::now() + self.interval;
+                        yield response(Event::Heartbeat(convert::heartbeat(cursor.seen(), told, store_id)));
+                    }
+                    Happened::Commit(commit) => {
+                        let commit = commit.map_err(|error| {
+                            Fault::cursor(error, store_id, self.core.step.place().applied)
+                        })?;
+                        let ends = !cursor.is_inside_a_commit();
+                        let mut messages = self.messages(&commit, ends, inside).into_iter().peekable();
+                        inside = !ends && (inside || messages.peek().is_some());
+                        for message in messages {
+                            yield response(Event::Commit(message));
+                        }
+                    }
+                    Happened::Shutdown => {
+                        if !inside {
+                            let feed = self.core.step.feed();
+                            yield response(Event::Heartbeat(convert::heartbeat(cursor.seen(), feed, store_id)));
+                        }
+                        Err(Fault::ShuttingDown)?;
+                    }
+                    Happened::Deadline => Err(Fault::Deadline)?,
+                }
+            }
+        }
+    }
+
+    async fn deadline(&self) {
+        match self.deadline {
+            Some(deadline) => sleep_until(deadline).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn started(&self, anchor: Anchor, resumed: bool) -> v1::WatchRoleChangesResponse {
+        let facts = self.core.store.facts();
+        response(Event::Started(v1::WatchStarted {
+            store_id: facts.store_id.to_string(),
+            revision: anchor.revision.0,
+            default_role: facts.default_role.to_string(),
+            resumed,
+            resume_token: super::token::resume_token(facts.store_id, anchor),
+        }))
+    }
+
+    /// The next users of a snapshot that pass the filter, and whether they are the last.
+    async fn chunk(&self, snapshot: &mut dyn Snapshot, until: Instant) -> Result<(Vec<v1::UserRole>, bool), Fault> {
+        loop {
+            let next = tokio::select! {
+                () = self.core.shutdown.cancelled() => return Err(Fault::ShuttingDown),
+                next = timeout_at(until, snapshot.next()) => next,
+            };
+            let rows = next.map_err(|_| Fault::Deadline)?.map_err(Fault::store)?;
+            let last = rows.is_empty();
+            let users: Vec<_> =
+                rows.into_iter().filter(|row| self.filter.passes_user(row)).map(convert::user_role).collect();
+            if last || !users.is_empty() {
+                return Ok((users, last));
+            }
+        }
+    }
+
+    /// The messages for a commit, or for a run of one: those of `changes` that pass the filter. `inside` says that
+    /// parts have been sent before, `ends` that none follow.
+    fn messages(&self, commit: &Commit, ends: bool, inside: bool) -> Vec<v1::Commit> {
+        let facts = self.core.store.facts();
+        let mut runs: Vec<Vec<v1::RoleChange>> = Vec::new();
+        let mut bytes = 0;
+        for change in commit.changes.iter().filter(|change| self.filter.passes(change, &facts.admin_role)) {
+            let change = convert::change(change, commit.revision, commit.at, &facts.admin_role);
+            let size = prost::Message::encoded_len(&change);
+            match runs.last_mut() {
+                Some(run) if run.len() < MESSAGE_CHANGES && bytes + size <= MESSAGE_BYTES => {
+                    bytes += size;
+                    run.push(change);
+                }
+                _ => {
+                    bytes = size;
+                    runs.push(vec![change]);
+                }
+            }
+        }
+        if runs.is_empty() && ends && inside {
+            // The end of a commit of which parts have been sent has to be told, if need be with nothing in it.
+            runs.push(Vec::new());
+        }
+        let last = runs.len().wrapping_sub(1);
+        let message = |(index, run)| convert::commit(commit, run, !(ends && index == last), facts.store_id);
+        runs.into_iter().enumerate().map(message).collect()
+    }
+}
+
+enum Happened {
+    Heartbeat,
+    Commit(Result<Arc<Commit>, CursorError>),
+    Shutdown,
+    Deadline,
+}
+
+fn response(event: Event) -> v1::WatchRoleChangesResponse {
+    v1::WatchRoleChangesResponse { event: Some(event) }
+}
+
+// === impl Filter ===
+
+impl Filter {
+    fn passes(&self, change: &Change, admin: &RoleName) -> bool {
+        let of_role = |role: &Option<RoleName>| role.as_ref().is_some_and(|role| self.roles.contains(role.as_str()));
+        (self.users.is_empty() || self.users.contains(&change.user))
+            && (self.roles.is_empty() || of_role(&change.old) || of_role(&change.new))
+            && (self.kinds.is_empty() || self.kinds.contains(&change.kind(admin)))
+    }
+
+    fn passes_user(&self, row: &UserRow) -> bool {
+        (self.users.is_empty() || self.users.contains(&row.user))
+            && (self.roles.is_empty() || self.roles.contains(row.role.as_str()))
+    }
+}
+
+// === impl Watches ===
+
+impl Watches {
+    pub(super) fn new(most: usize) -> Self {
+        Self { open: Arc::default(), most }
+    }
+
+    pub(super) fn open(&self) -> usize {
+        self.open.load(Ordering::SeqCst)
+    }
+
+    fn enter(&self) -> Result<Open, Fault> {
+        let open = Open(self.open.clone());
+        if self.open.fetch_add(1, Ordering::SeqCst) >= self.most {
+            return Err(Fault::TooManyWatches);
+        }
+        Ok(open)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,299 @@
+//! How far this replica is in step with its store: what it has applied, and the proof of it.
+//!
+//! The tailer alone holds the [`Stepper`] and moves it; cache, feed, writer and grpc hold a [`Step`] and read it or wait
+//! for it. Within one history `applied` never goes back.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::{Notify, futures::Notified, watch};
+use uuid::Uuid;
+
+use crate::role::{Anchor, Revision, Tag};
+
+/// How long a proof lets the cache answer as truth.
+pub const PROOF_HOLDS: Duration = Duration::from_secs(2);
+
+/// The reading side. Cheap to clone.
+#[derive(Clone)]
+pub struct Step(Arc<Shared>);
+
+/// The moving side, of which there is one.
+pub struct Stepper(Arc<Shared>);
+
+/// How the replica stands to the log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FeedState {
+    /// Every commit arrives as it is made.
+    Live,
+    /// Connected, and reading what it missed.
+    CatchingUp,
+    /// The store is out of reach.
+    Disconnected,
+}
+
+/// Which of the store's histories the replica follows: a count of how often it had to start over. 0 before the first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct History(u64);
+
+/// What watchers and waiting calls are woken for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    pub applied: Anchor,
+    pub history: History,
+    pub feed: FeedState,
+}
+
+/// What an answer from the cache stands on. Taken before the entry is read, so that its revision is never newer than
+/// the role.
+#[derive(Clone, Copy, Debug)]
+pub struct Standing {
+    pub applied: Revision,
+    pub history: History,
+    /// Since the last proving read of the log was sent; None before the first of this history.
+    pub proof_age: Option<Duration>,
+}
+
+/// The history that was waited in is no longer the store's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the store's history changed")]
+pub struct HistoryEnded;
+
+/// A moment on a clock that runs through suspend.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment(u64);
+
+struct Shared {
+    applied: AtomicI64,
+    history: AtomicU64,
+    /// Of the moment when the last proving read was sent, in nanoseconds; 0 for none in this history.
+    proof: AtomicU64,
+    /// The newest revision that any read of the log has shown.
+    store_head: AtomicI64,
+    place: watch::Sender<Place>,
+    proven: Notify,
+    nudge: Notify,
+}
+
+/// A replica that has taken no step yet.
+pub fn start() -> (Stepper, Step) {
+    let nowhere = Anchor { revision: Revision(0), tag: Tag(Uuid::nil()) };
+    let place = Place { applied: nowhere, history: History(0), feed: FeedState::Disconnected };
+    let shared = Arc::new(Shared {
+        applied: AtomicI64::new(0),
+        history: AtomicU64::new(0),
+        proof: AtomicU64::new(0),
+        store_head: AtomicI64::new(0),
+        place: watch::Sender::new(place),
+        proven: Notify::new(),
+        nudge: Notify::new(),
+    });
+    (Stepper(shared.clone()), Step(shared))
+}
+
+// === impl Moment ===
+
+impl Moment {
+    pub fn now() -> Self {
+        #[cfg(target_os = "linux")]
+        let clock = rustix::time::ClockId::Boottime;
+        #[cfg(not(target_os = "linux"))]
+        let clock = rustix::time::ClockId::Monotonic;
+        let time = rustix::time::clock_gettime(clock);
+        // Both are not negative on a clock that starts at boot.
+        Self(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
+    }
+
+    fn age(nanos: u64) -> Duration {
+        Duration::from_nanos(Self::now().0.saturating_sub(nanos))
+    }
+}
+
+// === impl Standing ===
+
+impl Standing {
+    pub fn is_proven(&self) -> bool {
+        self.proof_age.is_some_and(|age| age <= PROOF_HOLDS)
+    }
+}
+
+// === impl Step ===
+
+impl Step {
+    pub fn standing(&self) -> Standing {
+        let history = self.history();
+        let proof = self.0.proof.load(Ordering::SeqCst);
+        let applied = self.applied();
+        Standing { applied, history, proof_age: (proof != 0).then(|| Moment::age(proof)) }
+    }
+
+    pub fn applied(&self) -> Revision {
+        Revision(self.0.applied.load(Ordering::SeqCst))
+    }
+
+    pub fn history(&self) -> History {
+        History(self.0.history.load(Ordering::SeqCst))
+    }
+
+    pub fn store_head(&self) -> Revision {
+        Revision(self.0.store_head.load(Ordering::SeqCst))
+    }
+
+    pub fn place(&self) -> Place {
+        *self.0.place.borrow()
+    }
+
+    pub fn feed(&self) -> FeedState {
+        self.place().feed
+    }
+
+    /// Whether a first history is being followed.
+    pub fn has_started(&self) -> bool {
+        self.history() != History(0)
+    }
+
+    /// Tells every move of [`Place`] from now on.
+    pub fn subscribe(&self) -> watch::Receiver<Place> {
+        self.0.place.subscribe()
+    }
+
+    /// Makes the tailer read the log at once.
+    pub fn nudge(&self) {
+        self.0.nudge.notify_one();
+    }
+
+    /// Waits until everything up to `revision` is applied, in the history that is followed now.
+    pub async fn reach(&self, revision: Revision) -> Result<(), HistoryEnded> {
+        self.reach_in(self.history(), revision).await
+    }
+
+    /// Waits until everything up to `revision` is applied.
+    pub async fn reach_in(&self, history: History, revision: Revision) -> Result<(), HistoryEnded> {
+        if self.history() == history && self.applied() >= revision {
+            return Ok(());
+        }
+        let mut places = self.subscribe();
+        let arrived = places.wait_for(|place| place.history != history || place.applied.revision >= revision).await;
+        match arrived {
+            Ok(place) if place.history == history => Ok(()),
+            _ => Err(HistoryEnded),
+        }
+    }
+
+    /// Waits for a proof that holds, which a nudged tailer brings.
+    pub async fn prove(&self) {
+        loop {
+            let proven = self.0.proven.notified();
+            tokio::pin!(proven);
+            // Armed before the look: a proof between look and wait would otherwise be missed.
+            proven.as_mut().enable();
+            if self.standing().is_proven() {
+                return;
+            }
+            self.nudge();
+            proven.await;
+        }
+    }
+}
+
+// === impl Stepper ===
+
+impl Stepper {
+    pub fn reader(&self) -> Step {
+        Step(self.0.clone())
+    }
+
+    /// Resolves at the next nudge, one before the call included.
+    pub fn nudged(&self) -> Notified<'_> {
+        self.0.nudge.notified()
+    }
+
+    /// A new history begins: nothing is proven, and no answer from the old one may be given any more. Before the cache
+    /// is emptied.
+    pub fn begin_history(&self) {
+        self.0.proof.store(0, Ordering::SeqCst);
+        self.0.history.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The new history is followed from `anchor` on. After the cache is emptied.
+    pub fn follow_from(&self, anchor: Anchor) {
+        self.0.applied.store(anchor.revision.0, Ordering::SeqCst);
+        self.0.store_head.store(anchor.revision.0, Ordering::SeqCst);
+        let history = History(self.0.history.load(Ordering::SeqCst));
+        self.0.place.send_modify(|place| {
+            place.applied = anchor;
+            place.history = history;
+        });
+    }
+
+    /// Everything up to `anchor` is in the cache and in the ring.
+    pub fn advance(&self, anchor: Anchor) {
+        let before = self.0.applied.swap(anchor.revision.0, Ordering::SeqCst);
+        assert!(before < anchor.revision.0, "applied went from {before} to {}", anchor.revision);
+        self.0.place.send_modify(|place| place.applied = anchor);
+    }
+
+    pub fn saw_head(&self, head: Revision) {
+        self.0.store_head.store(head.0, Ordering::SeqCst);
+    }
+
+    /// A read that was sent at `sent` found nothing after `applied`.
+    pub fn prove(&self, sent: Moment) {
+        self.0.proof.store(sent.0, Ordering::SeqCst);
+        self.set_feed(FeedState::Live);
+        self.0.proven.notify_waiters();
+    }
+
+    pub fn set_feed(&self, feed: FeedState) {
+        self.0.place.send_if_modified(|place| std::mem::replace(&mut place.feed, feed) != feed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn anchor(revision: i64) -> Anchor {
+        Anchor { revision: Revision(revision), tag: Tag(Uuid::nil()) }
+    }
+
+    #[tokio::test]
+    async fn reach_waits_for_the_revision_and_not_for_another_history() {
+        let (stepper, step) = start();
+        stepper.begin_history();
+        stepper.follow_from(anchor(3));
+        assert_eq!(step.reach(Revision(3)).await, Ok(()));
+        let waiting = tokio::spawn({
+            let step = step.clone();
+            async move { step.reach(Revision(5)).await }
+        });
+        stepper.advance(anchor(4));
+        stepper.advance(anchor(6));
+        assert_eq!(waiting.await.unwrap(), Ok(()));
+
+        let (first, place) = (step.history(), step.place());
+        assert_eq!(place.applied, anchor(6));
+        stepper.begin_history();
+        stepper.follow_from(anchor(9));
+        assert_eq!(step.reach_in(first, Revision(7)).await, Err(HistoryEnded));
+    }
+
+    #[tokio::test]
+    async fn a_new_history_takes_the_proof_away() {
+        let (stepper, step) = start();
+        assert!(!step.standing().is_proven());
+        stepper.begin_history();
+        stepper.follow_from(anchor(0));
+        stepper.prove(Moment::now());
+        step.prove().await;
+        assert!(step.standing().is_proven());
+        assert_eq!(step.feed(), FeedState::Live);
+        stepper.begin_history();
+        assert!(!step.standing().is_proven());
+    }
+}

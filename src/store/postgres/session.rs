@@ -1,0 +1,207 @@
+//! Connections: how each is set up, how long it may be silent, and what its errors mean.
+//!
+//! A connection whose answer was not read to the end never goes back to its pool: an answer that is cut off by a
+//! timeout or a cancelled caller would be read by the next one.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use sqlx::{
+    ConnectOptions, Connection, PgConnection, PgPool, Postgres,
+    pool::PoolConnection,
+    postgres::{PgArguments, PgConnectOptions, PgPoolOptions, PgRow},
+    query::Query,
+};
+
+use crate::store::{Cause, OpenError, StoreError};
+
+/// How long a statement may take on the server; the client gives up a little later, in case the connection is dead.
+pub(super) const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+const ACQUIRE_LIMIT: Duration = Duration::from_secs(2);
+const MARGIN: Duration = Duration::from_secs(1);
+/// Of upkeep: a commit of a million changes is trimmed as a whole.
+pub(super) const UPKEEP_LIMIT: Duration = Duration::from_secs(120);
+/// After this long without use a connection is asked whether it is still there.
+const TRUSTED_IDLE: Duration = Duration::from_secs(1);
+
+/// Each kind of work has its own connections, so that none waits behind another: reads pile up, the log must not.
+pub(super) struct Pools {
+    pub(super) reads: PgPool,
+    pub(super) log: PgPool,
+    pub(super) writer: PgPool,
+    pub(super) upkeep: PgPool,
+}
+
+/// A pool's connection for one statement after another, closed if any of them was left half read.
+pub(super) struct Lease {
+    conn: PoolConnection<Postgres>,
+    limit: Duration,
+    sound: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    /// Nothing was sent.
+    #[error("no connection: {0}")]
+    NoConnection(#[source] sqlx::Error),
+    #[error("no answer within {0:?}")]
+    Silent(Duration),
+    #[error("{0}")]
+    Sql(#[from] sqlx::Error),
+    /// An answer that the schema rules out.
+    #[error("{0}")]
+    Shape(String),
+}
+
+/// What every session of ours has, given in the start-up packet: a SET would outlive us behind a pooler.
+pub(super) fn session(url: &PgConnectOptions, statement_limit: Duration) -> PgConnectOptions {
+    url.clone()
+        .application_name("rolecache")
+        .options([
+            ("default_transaction_isolation", "read committed"),
+            ("statement_timeout", &format!("{}ms", statement_limit.as_millis())),
+            ("lock_timeout", "2s"),
+            ("idle_in_transaction_session_timeout", "10s"),
+            ("search_path", "pg_catalog, pg_temp"),
+            // Compiling costs more than any of our statements.
+            ("jit", "off"),
+        ])
+        .disable_statement_logging()
+}
+
+/// A connection of its own, outside every pool.
+pub(super) async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Failure> {
+    match tokio::time::timeout(CONNECT_LIMIT, PgConnection::connect_with(options)).await {
+        Ok(connected) => connected.map_err(Failure::NoConnection),
+        Err(_) => Err(Failure::Silent(CONNECT_LIMIT)),
+    }
+}
+
+// === impl Pools ===
+
+impl Pools {
+    /// Connects to nothing yet.
+    pub(super) fn new(url: &PgConnectOptions) -> Self {
+        let usual = session(url, STATEMENT_LIMIT);
+        // Without statistics the planner would rather sort a commit of a million changes than walk its key.
+        let log = usual.clone().options([("enable_bitmapscan", "off"), ("enable_seqscan", "off")]);
+        Self {
+            reads: pool(12).connect_lazy_with(usual.clone()),
+            log: pool(6).connect_lazy_with(log),
+            // Asked before each use: a write that finds its connection gone would be one with an unknown outcome.
+            writer: pool(2).test_before_acquire(true).connect_lazy_with(usual),
+            upkeep: pool(2).connect_lazy_with(session(url, UPKEEP_LIMIT)),
+        }
+    }
+
+    pub(super) async fn close(&self) {
+        let all =
+            futures::future::join4(self.reads.close(), self.log.close(), self.writer.close(), self.upkeep.close());
+        // A connection that is stuck is not worth waiting for.
+        let _ = tokio::time::timeout(ACQUIRE_LIMIT, all).await;
+    }
+}
+
+fn pool(most: u32) -> PgPoolOptions {
+    PgPoolOptions::new().max_connections(most).acquire_timeout(ACQUIRE_LIMIT).test_before_acquire(false).before_acquire(
+        |conn, meta| {
+            Box::pin(async move {
+                Ok(meta.idle_for < TRUSTED_IDLE
+                    || tokio::time::timeout(MARGIN, conn.ping()).await.is_ok_and(|it| it.is_ok()))
+            })
+        },
+    )
+}
+
+// === impl Lease ===
+
+impl Lease {
+    pub(super) async fn of(pool: &PgPool) -> Result<Self, Failure> {
+        Self::with_limit(pool, STATEMENT_LIMIT).await
+    }
+
+    pub(super) async fn with_limit(pool: &PgPool, limit: Duration) -> Result<Self, Failure> {
+        let conn = pool.acquire().await.map_err(Failure::NoConnection)?;
+        Ok(Self { conn, limit: limit + MARGIN, sound: true })
+    }
+
+    /// Runs one statement to its end: with a write, its COMMIT is part of that.
+    pub(super) async fn fetch(&mut self, query: Query<'_, Postgres, PgArguments>) -> Result<Vec<PgRow>, Failure> {
+        self.sound = false;
+        match tokio::time::timeout(self.limit, query.fetch_all(&mut *self.conn)).await {
+            Err(_) => Err(Failure::Silent(self.limit)),
+            Ok(Ok(rows)) => {
+                self.sound = true;
+                Ok(rows)
+            }
+            Ok(Err(error)) => {
+                self.sound = error.as_database_error().is_some();
+                Err(error.into())
+            }
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if !self.sound {
+            self.conn.close_on_drop();
+        }
+    }
+}
+
+/// One statement on a connection of `pool`.
+pub(super) async fn fetch(pool: &PgPool, query: Query<'_, Postgres, PgArguments>) -> Result<Vec<PgRow>, Failure> {
+    Lease::of(pool).await?.fetch(query).await
+}
+
+// === impl Failure ===
+
+impl Failure {
+    pub(super) fn shape(what: impl fmt::Display) -> Self {
+        Self::Shape(what.to_string())
+    }
+
+    /// The five characters by which PostgreSQL names an error.
+    pub(super) fn code(&self) -> Option<String> {
+        let Self::Sql(error) = self else { return None };
+        Some(error.as_database_error()?.code()?.into_owned())
+    }
+
+    pub(super) fn cause(self) -> Cause {
+        Arc::new(self)
+    }
+
+    /// Whether trying again later may help.
+    pub(super) fn passes(&self) -> bool {
+        match self {
+            Self::NoConnection(_) | Self::Silent(_) => true,
+            Self::Shape(_) => false,
+            Self::Sql(sqlx::Error::Database(error)) => {
+                let code = error.code().unwrap_or_default();
+                ["08", "25", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class))
+            }
+            Self::Sql(error) => matches!(
+                error,
+                sqlx::Error::Io(_)
+                    | sqlx::Error::Tls(_)
+                    | sqlx::Error::Protocol(_)
+                    | sqlx::Error::PoolTimedOut
+                    | sqlx::Error::PoolClosed
+                    | sqlx::Error::WorkerCrashed
+            ),
+        }
+    }
+}
+
+impl From<Failure> for StoreError {
+    fn from(failure: Failure) -> Self {
+        if failure.passes() { Self::Unreachable(failure.cause()) } else { Self::Broken(failure.cause()) }
+    }
+}
+
+impl From<Failure> for OpenError {
+    fn from(failure: Failure) -> Self {
+        Self::Unreachable(failure.cause())
+    }
+}

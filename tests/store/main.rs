@@ -1,0 +1,6 @@
+//! One contract, two stores: what the trait promises, and what is special to each.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod postgres;

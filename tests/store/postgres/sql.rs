@@ -1,0 +1,148 @@
+//! Plain SQL of every kind, through the real psql: each change is logged once, as the row became.
+
+use rolecache::role::{Origin, UserId};
+
+use super::{fresh, log, logged, role_of, told};
+use crate::support::postgres::{Session, psql, try_psql};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn single_statements_are_logged() {
+    assert_eq!(logged("insert into users values (4, 'helper', 'eve')").await, "4:-helper\n");
+    assert_eq!(logged("insert into users (user_id) values (4)").await, "4:-user\n");
+    assert_eq!(logged("update users set role = 'admin' where user_id = 1").await, "1:user-admin\n");
+    assert_eq!(logged("delete from users where user_id = 2").await, "2:admin-\n");
+    assert_eq!(
+        logged("insert into users values (1, 'admin'), (4, 'admin') on conflict (user_id) do update set role = excluded.role")
+            .await,
+        "1:user-admin 4:-admin\n"
+    );
+    assert_eq!(logged("update users set role = 'x'").await, "1:user-x 2:admin-x 3:user-x\n");
+    assert_eq!(logged("copy users from stdin;\n7\tadmin\tann\n8\t\\N\t\\N\n\\.\n").await, "7:-admin 8:-user\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn merge_is_logged() {
+    let (database, store) = fresh().await;
+    if psql(&database.url, "select current_setting('server_version_num')::int >= 150000") != "t" {
+        return;
+    }
+    psql(&database.url, "insert into users values (1, 'user'), (2, 'admin')");
+    psql(
+        &database.url,
+        "merge into users u using (values (1, 'admin'), (5, 'user'), (2, 'gone')) v (id, r) on u.user_id = v.id
+         when matched and v.r = 'gone' then delete
+         when matched then update set role = v.r
+         when not matched then insert (user_id, role) values (v.id, v.r)",
+    );
+    let mut changes: Vec<String> = told(&log(&*store).await[1..]).split_whitespace().map(str::to_owned).collect();
+    changes.sort();
+    assert_eq!(changes, ["1:user-admin", "2:admin-", "5:-user"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_reads_the_same_is_no_change() {
+    assert_eq!(logged("update users set role = role").await, "");
+    assert_eq!(logged("update users set username = 'x'").await, "");
+    assert_eq!(logged("update users set role = null where user_id = 1").await, "");
+    assert_eq!(logged("update users set role = '' where user_id = 3").await, "");
+    assert_eq!(logged("update users set role = 'user' where user_id = 3").await, "");
+    assert_eq!(logged("update users set role = null where user_id = 2").await, "2:admin-user\n");
+    assert_eq!(logged("delete from users where user_id = 9").await, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_key_is_one_user_gone_and_another_come() {
+    assert_eq!(logged("update users set user_id = 22 where user_id = 2").await, "2:admin- 22:-admin\n");
+    assert_eq!(logged("update users set user_id = 33, role = 'x' where user_id = 3").await, "3:user- 33:-x\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_is_one_commit_without_what_was_rolled_back() {
+    let two =
+        "begin; update users set role = 'a' where user_id = 1; update users set role = 'b' where user_id = 1; commit";
+    assert_eq!(logged(two).await, "1:user-a 1:a-b\n");
+    let kept = "begin; update users set role = 'a' where user_id = 1; savepoint s;
+                update users set role = 'b' where user_id = 2; rollback to s; insert into users values (5, 'c'); commit";
+    assert_eq!(logged(kept).await, "1:user-a 5:-c\n");
+    let first_gone = "begin; savepoint s; update users set role = 'a' where user_id = 1; rollback to s;
+                      update users set role = 'b' where user_id = 2; commit";
+    assert_eq!(logged(first_gone).await, "2:admin-b\n");
+    assert_eq!(logged("begin; update users set role = 'a'; rollback").await, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn isolation_levels_and_replication_are_logged() {
+    let strict = "begin isolation level repeatable read; update users set role = 'a' where user_id = 1; commit;
+                  begin isolation level serializable; update users set role = 'b' where user_id = 1; commit";
+    assert_eq!(logged(strict).await, "1:user-a\n1:a-b\n");
+    let replica = "set session_replication_role = replica; update users set role = 'a' where user_id = 1;
+                   insert into users values (5, 'b')";
+    assert_eq!(logged(replica).await, "1:user-a\n5:-b\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn immediate_constraints_number_at_once() {
+    let before = "begin; set constraints all immediate; update users set role = 'a' where user_id in (1, 2); commit";
+    assert_eq!(logged(before).await, "1:user-a\n2:admin-a\n");
+    let between = "begin; update users set role = 'a' where user_id = 1; set constraints all immediate;
+                   update users set role = 'b' where user_id = 2; set constraints all deferred;
+                   insert into users values (5, 'c'), (6, 'd'); commit";
+    assert_eq!(logged(between).await, "1:user-a\n2:admin-b\n5:-c 6:-d\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn truncate_deletes_everybody() {
+    assert_eq!(logged("truncate users").await, "1:user- 2:admin- 3:user-\n");
+    let (database, store) = fresh().await;
+    psql(&database.url, "truncate users");
+    assert_eq!(told(&log(&*store).await), "", "an empty table has nothing to log");
+    psql(&database.url, "insert into users values (1, 'admin')");
+    let error = try_psql(&database.url, "begin isolation level repeatable read; truncate users; commit").unwrap_err();
+    assert!(error.contains("READ COMMITTED"), "{error}");
+    assert_eq!(role_of(&*store, 1).await, "admin");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_by_sql_says_who_and_has_the_username() {
+    let (database, store) = fresh().await;
+    psql(
+        &database.url,
+        "create role bot; grant select, insert, update, delete on users to bot;
+                         insert into users values (1, 'admin', 'ann')",
+    );
+    psql(
+        &database.url,
+        "set session authorization bot; update users set role = 'x', username = 'eve'; delete from users",
+    );
+    psql(&database.url, "drop owned by bot; drop role bot");
+    let commits = log(&*store).await;
+    let told: Vec<_> = commits
+        .iter()
+        .flat_map(|commit| &commit.changes)
+        .map(|change| (change.user, change.origin, change.actor.to_string(), change.username.as_deref().unwrap()))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (UserId(1), Origin::Sql, "postgres".to_owned(), "ann"),
+            (UserId(1), Origin::Sql, "bot".to_owned(), "eve"),
+            (UserId(1), Origin::Sql, "bot".to_owned(), "eve"),
+        ]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_column_that_comes_or_goes_breaks_nothing() {
+    let (database, store) = fresh().await;
+    let mut bot = Session::open(&database.url);
+    assert_eq!(bot.run("insert into users values (1, 'a', 'ann');"), "");
+    psql(&database.url, "alter table users drop column username");
+    assert_eq!(bot.run("update users set role = 'b'; insert into users values (2, 'x'); truncate users;"), "");
+    assert_eq!(store.list_users(None, None, 9).await.unwrap().users, []);
+    psql(&database.url, "alter table users add column username varchar(40)");
+    assert_eq!(bot.run("insert into users values (1, 'a', 'ann');"), "");
+    let commits = log(&*store).await;
+    assert_eq!(told(&commits), "1:-a\n1:a-b\n2:-x\n1:b- 2:x-\n1:-a\n");
+    assert_eq!(commits[4].changes[0].username.as_deref(), Some("ann"));
+    assert_eq!(store.list_users(None, None, 9).await.unwrap().users[0].username.as_deref(), Some("ann"));
+}

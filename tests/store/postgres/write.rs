@@ -1,0 +1,170 @@
+//! Writes next to other people's transactions, constraints and triggers.
+
+use rolecache::{
+    role::{MailboxId, Origin, UserId},
+    store::{Op, Refusal, WriteError},
+};
+
+use super::{call, fresh, log, role_of, set, told, with_id};
+use crate::support::postgres::{Session, psql};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_one_commit_that_says_who_and_why() {
+    let (database, store) = fresh().await;
+    psql(&database.url, "insert into users values (1, 'admin', 'ann'), (2, null, null)");
+    let mut first = set(1, "helper");
+    let Op::Set { reason, .. } = &mut first.op else { unreachable!() };
+    *reason = Some("because".into());
+    let answers = store.write(&[first, set(2, "user"), set(3, "admin")]).await;
+    let written: Vec<_> = answers.into_iter().map(Result::unwrap).collect();
+    assert_eq!(written[0].revision, written[2].revision);
+    let change = &written[0].changes[0];
+    assert_eq!((change.origin, &*change.actor, change.reason.as_deref()), (Origin::Rpc, "tester", Some("because")));
+    assert_eq!(written[1].changes, [], "NULL is the default role already");
+    assert!(written[1].revision < written[0].revision);
+    assert_eq!(told(&log(&*store).await[1..]), "3:-admin 1:admin-helper\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_held_by_somebody_is_busy_and_nobody_elses_matter() {
+    let (database, store) = fresh().await;
+    psql(&database.url, "insert into users values (1, 'user'), (2, 'user'), (3, 'user')");
+    let mut other = Session::open(&database.url);
+    other.run("begin; update users set username = 'x' where user_id = 2;");
+    let delete = call(Op::Delete { user: UserId(3), reason: None });
+    let answers = store.write(&[set(1, "admin"), set(2, "admin"), delete]).await;
+    assert!(answers[0].is_ok() && answers[2].is_ok(), "{answers:?}");
+    assert!(matches!(answers[1], Err(WriteError::Busy)), "{answers:?}");
+    other.run("rollback;");
+    assert!(store.write(&[set(2, "admin")]).await[0].is_ok());
+    assert_eq!(told(&log(&*store).await[1..]), "1:user-admin 3:user-\n2:user-admin\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_whom_somebody_is_inserting_is_busy_and_nobody_elses_matter() {
+    let (database, store) = fresh().await;
+    let mut other = Session::open(&database.url);
+    other.run("begin; insert into users values (2, 'x');");
+    let calls: Vec<_> = (1..=64).map(|user| set(user, "admin")).collect();
+    let answers = store.write(&calls).await;
+    let busy: Vec<_> = answers.iter().enumerate().filter(|(_, answer)| answer.is_err()).collect();
+    assert!(matches!(busy[..], [(1, Err(WriteError::Busy))]), "{busy:?}");
+    other.run("commit;");
+    assert_eq!(store.write(&[set(2, "admin")]).await[0].as_ref().unwrap().changes.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_refused_call_leaves_63_others_alone() {
+    let (database, store) = fresh().await;
+    psql(
+        &database.url,
+        "alter table users add constraint no_7 check (user_id <> 7 or role = 'user');
+         create unique index on users (username);
+         insert into users values (7, 'user', 'seven'), (20, 'user', 'twenty'), (30, 'user', null);
+         create function no_20() returns trigger language plpgsql as $$ begin
+           if new.user_id = 20 then raise exception 'not 20'; end if;
+           if new.user_id in (30, 40) then return null; end if;
+           return new;
+         end $$;
+         create trigger no_20 before insert or update on users for each row execute function no_20()",
+    );
+    for (guilty, username) in [(7, None), (20, None), (30, None), (40, None), (50, Some("seven"))] {
+        let calls: Vec<_> = (1..=64)
+            .filter(|user| *user == guilty || ![7, 20, 30, 40].contains(user))
+            .map(|user| {
+                let mut call = with_id(set(user, &format!("r{guilty}")), &format!("{guilty}-{user}"));
+                if let Op::Set { username: name, .. } = &mut call.op
+                    && user == guilty
+                {
+                    *name = username.map(Into::into);
+                }
+                call
+            })
+            .collect();
+        let answers = store.write(&calls).await;
+        for (call, answer) in calls.iter().zip(answers) {
+            if call.users().next() == Some(UserId(guilty)) {
+                assert!(matches!(answer, Err(WriteError::Refused(Refusal::Rejected { .. }))), "{guilty}: {answer:?}");
+            } else {
+                assert_eq!(answer.unwrap().changes.len(), 1);
+            }
+        }
+        let left = psql(
+            &database.url,
+            &format!("select count(*) from rolecache.requests where request_id = '{guilty}-{guilty}'"),
+        );
+        assert_eq!(left, "0", "only successes are remembered");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_id_has_one_effect() {
+    let (database, store) = fresh().await;
+    let first = store.write(&[with_id(set(1, "admin"), "a")]).await.remove(0).unwrap();
+    psql(&database.url, "update users set role = 'x'");
+    let again = store.write(&[with_id(set(1, "admin"), "a"), set(2, "admin")]).await;
+    assert_eq!(again[0].as_ref().unwrap(), &first);
+    assert_eq!(role_of(&*store, 1).await, "x");
+    let mut other = with_id(set(1, "user"), "a");
+    other.request.as_mut().unwrap().hash = [8; 32];
+    let reused = store.write(&[other]).await.remove(0);
+    assert!(matches!(reused, Err(WriteError::Refused(Refusal::RequestIdReused))), "{reused:?}");
+    let nothing = store.write(&[with_id(set(1, "x"), "b")]).await.remove(0).unwrap();
+    store.write(&[set(1, "y")]).await.remove(0).unwrap();
+    assert_eq!(store.write(&[with_id(set(1, "x"), "b")]).await.remove(0).unwrap(), nothing);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn attempts_at_once_have_one_effect() {
+    let (database, store) = fresh().await;
+    let replica = super::open(&database.url).await;
+    for round in 0..20 {
+        let one = [with_id(set(1, &format!("r{round}")), &format!("{round}"))];
+        let (a, b, c) = tokio::join!(store.write(&one), replica.write(&one), store.write(&one));
+        let mut done: Vec<_> =
+            [a, b, c].into_iter().flatten().filter(|it| !matches!(it, Err(WriteError::Busy))).collect();
+        let first = done.pop().unwrap().unwrap();
+        assert!(done.into_iter().all(|other| other.unwrap() == first));
+    }
+    assert_eq!(log(&*store).await.len(), 20);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_hands_over_everything_or_nothing() {
+    let (database, store) = fresh().await;
+    psql(
+        &database.url,
+        "insert into users values (1, 'admin', 'ann'), (2, 'user', 'bob'), (3, 'admin', 'eve');
+                         insert into mailboxes values (9, 1)",
+    );
+    let transfer = |from, to, mailbox: Option<i64>, demote_from| {
+        call(Op::Transfer {
+            from: UserId(from),
+            to: UserId(to),
+            mailbox: mailbox.map(MailboxId),
+            demote_from,
+            to_username: None,
+            reason: None,
+        })
+    };
+    let written = store.write(&[transfer(1, 2, Some(9), true)]).await.remove(0).unwrap();
+    assert_eq!(written.changes.iter().map(|change| change.user).collect::<Vec<_>>(), [UserId(2), UserId(1)]);
+    assert!(written.changes.iter().all(|change| change.transfer.is_some_and(|it| it.mailbox == Some(MailboxId(9)))));
+    assert_eq!(store.mailbox(MailboxId(9)).await.unwrap(), Some(UserId(2)));
+    let again = store.write(&[transfer(2, 3, None, false)]).await.remove(0).unwrap();
+    assert_eq!(again.changes.len(), 1, "logged though it was an admin already");
+    assert_eq!(again.changes[0].username.as_deref(), Some("eve"));
+    for (call, refusal) in [
+        (transfer(1, 2, None, true), Refusal::NotAnAdmin { current: rolecache::role::RoleName::held("user") }),
+        (transfer(1, 2, Some(9), true), Refusal::NotTheCreator { creator: UserId(2) }),
+        (transfer(1, 2, Some(8), true), Refusal::MailboxNotFound),
+    ] {
+        let answer = store.write(&[call]).await.remove(0);
+        assert!(matches!(&answer, Err(WriteError::Refused(it)) if *it == refusal), "{answer:?}");
+    }
+    assert_eq!(told(&log(&*store).await[1..]), "2:user-admin 1:admin-user\n3:admin-admin\n");
+    let mut other = Session::open(&database.url);
+    other.run("begin; select from mailboxes for update;");
+    let answer = store.write(&[transfer(2, 5, Some(9), true)]).await.remove(0);
+    assert!(matches!(answer, Err(WriteError::Busy)), "{answer:?}");
+}

@@ -1,0 +1,5 @@
+//! What several test binaries share.
+
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+
+pub mod postgres;

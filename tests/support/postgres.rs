@@ -1,0 +1,302 @@
+//! A PostgreSQL of our own: one private server per test binary, one fresh database per test.
+//!
+//! `ROLECACHE_TEST_DATABASE_URL` names another server to make the databases on; `ROLECACHE_TEST_POSTGRES_BIN` says where
+//! `initdb` and `postgres` are. A server ends with this process however that ends: a small shell waits for its end of
+//! a pipe, and nothing else holds the other end.
+
+use std::{
+    fs,
+    io::Write,
+    net::TcpListener,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+
+/// A server to make databases on.
+pub struct Postgres {
+    /// Without a database.
+    base: String,
+    own: Option<Own>,
+}
+
+/// A database of its own, gone with its server.
+pub struct Database {
+    pub url: String,
+}
+
+struct Own {
+    dir: TempDir,
+    bin: PathBuf,
+    port: u16,
+    server: std::sync::Mutex<Option<Child>>,
+}
+
+impl Postgres {
+    /// The server that all tests of this binary share.
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Postgres> = OnceLock::new();
+        SHARED.get_or_init(|| match std::env::var("ROLECACHE_TEST_DATABASE_URL") {
+            Ok(url) => {
+                let (base, _) = url.rsplit_once('/').expect("ROLECACHE_TEST_DATABASE_URL has a database");
+                Postgres { base: base.to_owned(), own: None }
+            }
+            // A static is never dropped: its directory is left to the watchdog.
+            Err(_) => Self::start_own(),
+        })
+    }
+
+    /// Another server, to be stopped, killed or restored into.
+    pub fn start_own() -> Self {
+        let bin = bin();
+        let dir = tempfile::Builder::new().prefix("rolecache-pg-").tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let data = dir.path().join("data");
+        let made = unprivileged(&bin.join("initdb"))
+            .args(["--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C", "-D"])
+            .arg(&data)
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "initdb failed: {}", String::from_utf8_lossy(&made.stderr));
+        // Free at this moment, and nobody else is told of it.
+        let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+        let own = Own { dir, bin, port, server: std::sync::Mutex::new(None) };
+        own.start();
+        Self { base: format!("postgres://postgres@127.0.0.1:{port}"), own: Some(own) }
+    }
+
+    pub async fn fresh_database(&self) -> Database {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let maintenance = format!("{}/postgres", self.base);
+        let sql = format!("create database {name}");
+        tokio::task::spawn_blocking(move || psql(&maintenance, &sql)).await.unwrap();
+        Database { url: format!("{}/{name}", self.base) }
+    }
+
+    /// As `systemctl stop` does it.
+    pub fn stop(&self) {
+        self.own().signal("INT");
+    }
+
+    /// As a crash does it: nothing is said to anybody.
+    pub fn kill(&self) {
+        self.own().signal("QUIT");
+    }
+
+    pub fn start(&self) {
+        self.own().start();
+    }
+
+    fn own(&self) -> &Own {
+        self.own.as_ref().expect("only a server of our own can be stopped")
+    }
+}
+
+impl Own {
+    fn start(&self) {
+        let data = self.dir.path().join("data");
+        // The shell waits for the end of its input, which comes when this process is gone, and then ends the server.
+        const WATCHDOG: &str = r#"
+            dir=$1; shift
+            "$@" >"$dir/log" 2>&1 </dev/null &
+            server=$!
+            ( cat >/dev/null
+              kill -QUIT $server 2>/dev/null
+              while kill -0 $server 2>/dev/null; do sleep 0.05; done
+              [ -e "$dir/stopped" ] || rm -rf "$dir" ) <&3 &
+            exec 3<&-
+            wait $server
+        "#;
+        let _ = fs::remove_file(self.dir.path().join("stopped"));
+        let postgres = unprivileged(&self.bin.join("postgres"));
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", &format!("exec 3<&0; {WATCHDOG}"), "sh"])
+            .arg(self.dir.path())
+            .arg(postgres.get_program())
+            .args(postgres.get_args())
+            .arg("-D")
+            .arg(&data)
+            .args(["-p", &self.port.to_string(), "-k"])
+            .arg(self.dir.path());
+        for setting in [
+            "listen_addresses=127.0.0.1",
+            "max_connections=400",
+            "fsync=off",
+            "full_page_writes=off",
+            "max_wal_size=4GB",
+            "shared_buffers=128MB",
+            "autovacuum_naptime=10",
+            "deadlock_timeout=200ms",
+        ] {
+            command.args(["-c", setting]);
+        }
+        let server = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        *self.server.lock().unwrap() = Some(server);
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            let asked = Command::new(self.bin.join("pg_isready"))
+                .args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()])
+                .status()
+                .unwrap();
+            if asked.success() {
+                return;
+            }
+            assert!(Instant::now() < until, "the server does not start; its log: {}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn signal(&self, name: &str) {
+        // Stopped on purpose: the watchdog is to leave the data alone.
+        fs::write(self.dir.path().join("stopped"), "").unwrap();
+        let pid = fs::read_to_string(self.dir.path().join("data/postmaster.pid")).unwrap();
+        let pid = pid.lines().next().unwrap().trim().to_owned();
+        let sent = Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap();
+        assert!(sent.success());
+        self.server.lock().unwrap().take().expect("the server runs").wait().unwrap();
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // Closing its input ends it.
+        if let Some(mut server) = self.server.lock().unwrap().take() {
+            drop(server.stdin.take());
+            let _ = server.wait();
+        }
+    }
+}
+
+/// Runs SQL with the real psql, as anybody would, and answers what it printed: rows as `a|b`.
+pub fn psql(url: &str, sql: &str) -> String {
+    match try_psql(url, sql) {
+        Ok(printed) => printed,
+        Err(error) => panic!("psql failed: {error}\n{sql}"),
+    }
+}
+
+/// The same, where an error is what one expects.
+pub fn try_psql(url: &str, sql: &str) -> Result<String, String> {
+    let mut psql = Command::new(bin().join("psql"))
+        .args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-", url])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    psql.stdin.take().unwrap().write_all(sql.as_bytes()).unwrap();
+    let done = psql.wait_with_output().unwrap();
+    if done.status.success() {
+        Ok(String::from_utf8(done.stdout).unwrap().trim_end().to_owned())
+    } else {
+        Err(String::from_utf8_lossy(&done.stderr).into_owned())
+    }
+}
+
+/// A psql that stays, for transactions that stay open.
+pub struct Session {
+    psql: Child,
+    printed: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+}
+
+impl Session {
+    pub fn open(url: &str) -> Self {
+        let mut psql = Command::new("/bin/sh")
+            .args(["-c", r#"exec "$0" -X -q -A -t "$1" 2>&1"#])
+            .arg(bin().join("psql"))
+            .arg(url)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let printed = std::io::BufRead::lines(std::io::BufReader::new(psql.stdout.take().unwrap()));
+        Self { psql, printed }
+    }
+
+    /// What it printed, errors included, when all of it is done.
+    pub fn run(&mut self, sql: &str) -> String {
+        const DONE: &str = "== done ==";
+        self.send(&format!("{sql}\n\\echo {DONE}\n"));
+        let lines: Vec<String> = self.printed.by_ref().map(Result::unwrap).take_while(|line| line != DONE).collect();
+        lines.join("\n")
+    }
+
+    /// Without waiting for it.
+    pub fn send(&mut self, sql: &str) {
+        self.psql.stdin.as_mut().unwrap().write_all(sql.as_bytes()).unwrap();
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        drop(self.psql.stdin.take());
+        let _ = self.psql.wait();
+    }
+}
+
+/// What `pg_dump` says of a database, without the key that newer versions put into each dump.
+pub fn dump(url: &str, args: &[&str]) -> String {
+    let done = Command::new(bin().join("pg_dump")).args(args).arg(url).output().unwrap();
+    assert!(done.status.success(), "pg_dump failed: {}", String::from_utf8_lossy(&done.stderr));
+    let text = String::from_utf8(done.stdout).unwrap();
+    text.lines().filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict")).fold(
+        String::new(),
+        |mut text, line| {
+            text.push_str(line);
+            text.push('\n');
+            text
+        },
+    )
+}
+
+/// Where the server's programs are.
+fn bin() -> PathBuf {
+    static BIN: OnceLock<PathBuf> = OnceLock::new();
+    BIN.get_or_init(|| {
+        if let Some(given) = std::env::var_os("ROLECACHE_TEST_POSTGRES_BIN") {
+            return given.into();
+        }
+        let on_path =
+            std::env::var_os("PATH").into_iter().flat_map(|path| std::env::split_paths(&path).collect::<Vec<_>>());
+        let mut packaged: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
+            .collect();
+        packaged.sort();
+        packaged.reverse();
+        on_path.chain(packaged).find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists()).expect(
+            "these tests need PostgreSQL: install its server, set ROLECACHE_TEST_POSTGRES_BIN to where initdb and \
+             postgres are, or ROLECACHE_TEST_DATABASE_URL to a server to make databases on",
+        )
+    })
+    .clone()
+}
+
+/// PostgreSQL refuses to run as root.
+fn unprivileged(program: &Path) -> Command {
+    let is_root = fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0);
+    if !is_root {
+        return Command::new(program);
+    }
+    let passwd = fs::read_to_string("/etc/passwd").unwrap();
+    let user = if passwd.lines().any(|line| line.starts_with("postgres:")) { "postgres" } else { "nobody" };
+    let mut ids = passwd.lines().find(|line| line.starts_with(&format!("{user}:"))).unwrap().split(':').skip(2);
+    let (uid, gid) = (ids.next().unwrap(), ids.next().unwrap());
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", uid, "--regid", gid, "--clear-groups"]).arg(program);
+    command
+}
