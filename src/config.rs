@@ -76,7 +76,7 @@ pub struct ServeArgs {
 
     /// lazy: filled by reads that miss and by changes. complete: every user with a role other than the default is
     /// loaded at the start, and every read is a hit.
-    #[arg(long, env = "ROLECACHE_CACHE", value_enum, default_value = "lazy")]
+    #[arg(long, env = "ROLECACHE_CACHE", value_enum, value_name = "MODE", default_value = "lazy")]
     pub cache: CacheKind,
 
     /// How many users a lazy cache holds; 0 for no bound. Too small makes reads miss; no answer becomes wrong. A
@@ -97,7 +97,7 @@ pub struct ServeArgs {
     pub retain_changes: Duration,
 
     /// Serve gRPC reflection, so that grpcurl and the like need no proto file. `--reflection=false` turns it off.
-    #[arg(long, env = "ROLECACHE_REFLECTION", action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+    #[arg(long, env = "ROLECACHE_REFLECTION", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true,
           default_value = "true", default_missing_value = "true", value_parser = BoolishValueParser::new())]
     pub reflection: bool,
 
@@ -135,13 +135,21 @@ pub struct StoreArgs {
 #[derive(Args, Clone, Debug)]
 pub struct LogArgs {
     /// How log lines look, on stderr. [default: text on a terminal, json elsewhere]
-    #[arg(long, env = "ROLECACHE_LOG_FORMAT", value_enum)]
-    pub log_format: Option<LogFormat>,
+    #[arg(long, env = "ROLECACHE_LOG_FORMAT", value_enum, value_name = "FORMAT")]
+    pub log_format: Option<LogStyle>,
 
     /// Which log lines: error, warn, info, debug, trace, or directives such as info,rolecache::feed=debug. Above info
     /// role changes go unlogged.
     #[arg(long, env = "ROLECACHE_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
     pub log_level: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum LogStyle {
+    /// For people
+    Text,
+    /// For machines: one object a line
+    Json,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -245,7 +253,11 @@ impl StoreArgs {
 impl LogArgs {
     fn validate(self) -> Result<LogOptions, ConfigError> {
         logging::parse_filter(&self.log_level).map_err(|problem| ConfigError::new("--log-level", problem))?;
-        let format = self.log_format.unwrap_or_else(LogFormat::of_stderr);
+        let format = match self.log_format {
+            Some(LogStyle::Text) => LogFormat::Text,
+            Some(LogStyle::Json) => LogFormat::Json,
+            None => LogFormat::of_stderr(),
+        };
         Ok(LogOptions { format, filter: self.log_level })
     }
 }

@@ -1,9 +1,8 @@
-use std::process::ExitCode;
+//! The binary: a runtime, and the command line on it.
 
-use clap::Parser;
-use rolecache::cli::Cli;
+use std::process::ExitCode;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    Cli::parse().run().await.into()
+    rolecache::cli::main().await
 }

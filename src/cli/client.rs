@@ -35,7 +35,7 @@ pub(super) struct ClientArgs {
     pub(super) timeout: Duration,
 
     /// How answers look
-    #[arg(long, short, value_enum, default_value = "text")]
+    #[arg(long, short, value_enum, value_name = "FORMAT", default_value = "text")]
     pub(super) output: Format,
 }
 
@@ -167,10 +167,15 @@ fn hint(status: &Status, reason: Option<&str>, request_id: Option<&str>) -> Opti
     if let Some(delay) = retry_delay(status) {
         return Some(format!("worth another try in {}", humantime::format_duration(delay)));
     }
+    if reason == Some("REVISION_COMPACTED") {
+        let oldest = status.get_details_error_info().and_then(|info| info.metadata.get("oldest").cloned());
+        let oldest = oldest.map_or_else(String::new, |oldest| format!("--after {} still works; ", plain(&oldest)));
+        return Some(format!("{oldest}a watch starts over with --snapshot"));
+    }
     let hint = match (status.code(), reason) {
         (_, Some("USER_BUSY")) => "nothing was changed; worth another try",
         (_, Some("MESSAGE_TOO_LARGE")) => "ask for fewer at once",
-        (_, Some("REVISION_COMPACTED" | "HISTORY_CHANGED")) => "--snapshot starts over with everybody's role",
+        (_, Some("HISTORY_CHANGED")) => "a watch starts over with --snapshot",
         (Code::DeadlineExceeded, _) => "--timeout gives it longer",
         (Code::Unimplemented, None) => "is it a rolecache server of this version?",
         (Code::Unavailable | Code::ResourceExhausted, _) => "worth another try",

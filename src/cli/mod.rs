@@ -20,7 +20,7 @@ use crate::config::{MigrateArgs, ServeArgs};
 /// Answers which role each user of a bot has, over gRPC and from memory.
 #[derive(Parser, Debug)]
 #[command(name = "rolecache", version, about, after_help = OVERVIEW, arg_required_else_help = true)]
-pub struct Cli {
+struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -123,7 +123,7 @@ Examples:
 
 /// How a command ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Exit {
+enum Exit {
     Done = 0,
     /// The server, or the store, said no.
     Refused = 1,
@@ -140,11 +140,15 @@ struct Failure {
     message: String,
 }
 
+/// Parses the command line and runs the command to its end.
+pub async fn main() -> ExitCode {
+    Cli::parse().run().await.into()
+}
+
 // === impl Cli ===
 
 impl Cli {
-    /// Runs the command to its end.
-    pub async fn run(self) -> Exit {
+    async fn run(self) -> Exit {
         let result = match self.command {
             Command::Serve(args) => serve::run(*args).await,
             Command::Migrate(args) => migrate::run(args).await,
