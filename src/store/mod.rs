@@ -4,6 +4,8 @@
 //! ordered, which errors are worth another try. Every method has a limit of its own and may be cancelled, `write`
 //! apart: that one belongs into a task, because a dropped write may leave its transaction open.
 
+pub mod sqlite;
+
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
