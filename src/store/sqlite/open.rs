@@ -339,7 +339,7 @@ mod tests {
             ("sqlite:bot.db", "bot.db"),
             ("sqlite://./a b.db", "./a b.db"),
         ] {
-            assert_eq!(path_of(url).unwrap(), Path::new(path), "{url}");
+            assert_eq!(path_of(url).expect("a path"), Path::new(path), "{url}");
         }
         for url in ["sqlite://", "sqlite::memory:", "sqlite://a.db?mode=ro", "postgres://x", ""] {
             assert!(path_of(url).is_err(), "{url}");

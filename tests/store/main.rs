@@ -1,0 +1,9 @@
+//! What a store promises, checked against every store: one suite, and beside it what only one of them has.
+#![allow(clippy::unwrap_used, unreachable_pub, reason = "tests")]
+
+mod fixtures;
+mod sqlite;
+#[macro_use]
+mod suite;
+
+for_store!(on_sqlite, crate::fixtures::SqliteFile);
