@@ -5,6 +5,7 @@
 //! apart: that one belongs into a task, because a dropped write may leave its transaction open.
 
 pub mod postgres;
+pub mod sqlite;
 
 use std::{
     sync::Arc,
@@ -395,7 +396,7 @@ impl Call {
 /// Opens the store that the URL names.
 pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
     if options.url.starts_with("sqlite:") {
-        return Err(OpenError::Refused("SQLite is not built yet".to_owned()));
+        return sqlite::open(options).await;
     }
     postgres::open(options).await
 }

@@ -1,6 +1,12 @@
-//! One contract, two stores: what the trait promises, and what is special to each.
+//! What a store promises, checked against every store: one suite, and beside it what only one of them has.
+#![allow(clippy::unwrap_used, unreachable_pub, reason = "tests")]
 
+mod fixtures;
+mod postgres;
+mod sqlite;
+#[macro_use]
+mod suite;
 #[path = "../support/mod.rs"]
 mod support;
 
-mod postgres;
+for_store!(on_sqlite, crate::fixtures::SqliteFile);

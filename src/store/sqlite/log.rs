@@ -1,0 +1,310 @@
+//! Reads of the log: from an anchor on, in pages, each as of one moment.
+//!
+//! Rows of `rolecache_changes` are numbered under the write lock, so `seq` grows along with the revision, and a page goes on
+//! by `seq` alone, however large the commit is that it lies in.
+
+use sqlx::{AssertSqlSafe, Row, SqliteConnection, SqlitePool};
+
+use super::{
+    error::broken,
+    rows::{self, CHANGE_COLUMNS},
+};
+use crate::{
+    role::{Anchor, Change, Commit, Revision, Tag},
+    store::{ChangePage, Inside, ListPosition, ListedChange, LogError, Page, Position, StoreError},
+};
+
+/// The log at one moment, and what it has at one revision.
+struct State {
+    head: Anchor,
+    trimmed: Anchor,
+    found: Option<Tag>,
+}
+
+/// A row of `rolecache_commits`.
+struct CommitRow {
+    commit: Commit,
+    size: usize,
+}
+
+pub(super) async fn head(pool: &SqlitePool) -> Result<Anchor, StoreError> {
+    let row = sqlx::query("select revision, tag from rolecache_head").fetch_one(pool).await?;
+    rows::anchor(&row, 0)
+}
+
+pub(super) async fn read(pool: &SqlitePool, from: &Position, limit: usize) -> Result<Page, LogError> {
+    let limit = limit.max(1);
+    let mut moment = pool.begin().await?;
+    let state = State::at(&mut moment, from.anchor.revision).await?;
+    let head = state.head;
+    state.must_have(from.anchor)?;
+    let page = match from.inside {
+        None if from.anchor == head => Page { commits: Vec::new(), next: *from, head },
+        None => read_commits(&mut moment, from.anchor, head, limit).await?,
+        Some(inside) => {
+            let Some(following) = commits_after(&mut moment, from.anchor.revision, 1).await?.pop() else {
+                return Err(LogError::HistoryChanged { at: inside.commit, head: head.revision });
+            };
+            if following.commit.anchor() != inside.commit {
+                return Err(LogError::HistoryChanged { at: inside.commit, head: head.revision });
+            }
+            read_part(&mut moment, from.anchor, following, inside, head, limit).await?
+        }
+    };
+    moment.commit().await?;
+    Ok(page)
+}
+
+async fn read_commits(
+    moment: &mut SqliteConnection,
+    anchor: Anchor,
+    head: Anchor,
+    limit: usize,
+) -> Result<Page, LogError> {
+    let mut following = commits_after(moment, anchor.revision, limit).await?;
+    let Some(first) = following.first() else {
+        return Err(broken("the log has a head that no commit leads to").into());
+    };
+    if first.size > limit {
+        let inside = Inside { commit: first.commit.anchor(), index: 0, row: 0 };
+        return read_part(moment, anchor, following.swap_remove(0), inside, head, limit).await;
+    }
+    let mut total = 0;
+    following.retain(|next| {
+        total += next.size;
+        total <= limit
+    });
+    let (first, last) = match &following[..] {
+        [first, .., last] => (first.commit.revision, last.commit.revision),
+        [only] => (only.commit.revision, only.commit.revision),
+        [] => return Err(broken("a page without a commit").into()),
+    };
+    let sql = format!(
+        "select {CHANGE_COLUMNS} from rolecache_changes
+         where commit_id between ?1 and ?2 order by commit_id, seq limit ?3"
+    );
+    // One more than there should be: a row too many is noticed.
+    let found =
+        sqlx::query(AssertSqlSafe(sql)).bind(first.0).bind(last.0).bind(limit as i64 + 1).fetch_all(moment).await?;
+    let mut changes = found.iter().map(|row| rows::change(row, 0)).peekable();
+    let mut commits = Vec::with_capacity(following.len());
+    for CommitRow { mut commit, size } in following {
+        while let Some(Ok(next)) = changes.peek() {
+            if next.revision != commit.revision {
+                break;
+            }
+            let Some(Ok(mut next)) = changes.next() else { break };
+            next.change.index = commit.changes.len() as u64;
+            commit.changes.push(next.change);
+        }
+        if let Some(Err(_)) = changes.peek() {
+            break;
+        }
+        if commit.changes.len() != size {
+            return Err(incomplete(&commit, commit.changes.len()));
+        }
+        commits.push(commit);
+    }
+    if let Some(left) = changes.next() {
+        let left = left?;
+        return Err(broken(format!("the log has a change too many in commit {}", left.revision)).into());
+    }
+    let next = commits.last().map_or(anchor, Commit::anchor);
+    Ok(Page { commits, next: next.into(), head })
+}
+
+/// A run of the commit after `anchor`, from `inside` on.
+async fn read_part(
+    moment: &mut SqliteConnection,
+    anchor: Anchor,
+    CommitRow { mut commit, size }: CommitRow,
+    inside: Inside,
+    head: Anchor,
+    limit: usize,
+) -> Result<Page, LogError> {
+    let left = size.saturating_sub(inside.index as usize);
+    let wanted = left.min(limit);
+    let sql = format!(
+        "select {CHANGE_COLUMNS} from rolecache_changes where commit_id = ?1 and seq > ?2 order by seq limit ?3"
+    );
+    let found = sqlx::query(AssertSqlSafe(sql))
+        .bind(commit.revision.0)
+        .bind(inside.row)
+        .bind(wanted as i64 + 1)
+        .fetch_all(moment)
+        .await?;
+    let is_whole = wanted == left;
+    if found.len() < wanted || (is_whole && found.len() > wanted) {
+        return Err(incomplete(&commit, inside.index as usize + found.len()));
+    }
+    let mut row = inside.row;
+    for (index, found) in (inside.index..).zip(&found[..wanted]) {
+        let found = rows::change(found, 0)?;
+        row = found.row;
+        commit.changes.push(Change { index, ..found.change });
+    }
+    let next = match is_whole {
+        true => commit.anchor().into(),
+        false => {
+            let inside = Inside { commit: commit.anchor(), index: inside.index + wanted as u64, row };
+            Position { anchor, inside: Some(inside) }
+        }
+    };
+    Ok(Page { commits: vec![commit], next, head })
+}
+
+async fn commits_after(
+    moment: &mut SqliteConnection,
+    revision: Revision,
+    limit: usize,
+) -> Result<Vec<CommitRow>, StoreError> {
+    let found =
+        sqlx::query("select id, tag, committed_at, size from rolecache_commits where id > ?1 order by id limit ?2")
+            .bind(revision.0)
+            .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+            .fetch_all(moment)
+            .await?;
+    let commit = |row| {
+        let Anchor { revision, tag } = rows::anchor(row, 0)?;
+        let size: i64 = row.try_get(3)?;
+        if size < 1 {
+            return Err(broken(format!("commit {revision} has the size {size}")));
+        }
+        let commit = Commit { revision, tag, at: rows::time(row, 2)?, size: size as u64, changes: Vec::new() };
+        Ok(CommitRow { commit, size: size as usize })
+    };
+    found.iter().map(commit).collect()
+}
+
+fn incomplete(commit: &Commit, found: usize) -> LogError {
+    broken(format!("commit {} should have {} changes and has {found}", commit.revision, commit.size)).into()
+}
+
+pub(super) async fn locate(pool: &SqlitePool, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
+    let mut moment = pool.begin().await?;
+    let state = State::at(&mut moment, revision).await?;
+    let head = state.head;
+    let anchor = match tag {
+        Some(tag) => {
+            let anchor = Anchor { revision, tag };
+            state.must_have(anchor)?;
+            anchor
+        }
+        None if revision > head.revision => return Err(LogError::Unknown { requested: revision, head: head.revision }),
+        None if revision < state.trimmed.revision => {
+            return Err(state.compacted(revision));
+        }
+        None => {
+            let found = sqlx::query("select id, tag from rolecache_commits where id <= ?1 order by id desc limit 1")
+                .bind(revision.0)
+                .fetch_optional(&mut *moment)
+                .await?;
+            found.map_or(Ok(state.trimmed), |row| rows::anchor(&row, 0))?
+        }
+    };
+    moment.commit().await?;
+    Ok(anchor)
+}
+
+pub(super) async fn list(
+    pool: &SqlitePool,
+    user: Option<crate::role::UserId>,
+    from: ListPosition,
+    limit: usize,
+) -> Result<ChangePage, LogError> {
+    let mut moment = pool.begin().await?;
+    let state = State::at(&mut moment, from.revision).await?;
+    if from.revision > state.head.revision {
+        return Err(LogError::Unknown { requested: from.revision, head: state.head.revision });
+    }
+    let is_trimmed = match from.inside {
+        Some(_) => from.revision <= state.trimmed.revision,
+        None => from.revision < state.trimmed.revision,
+    };
+    if is_trimmed && !from.kept_only {
+        return Err(state.compacted(from.revision));
+    }
+    let first = match from.inside {
+        Some((_, row)) if !is_trimmed => row,
+        _ => {
+            sqlx::query_scalar("select seq from rolecache_changes where commit_id > ?1 order by commit_id, seq limit 1")
+                .bind(from.revision.0)
+                .fetch_optional(&mut *moment)
+                .await?
+                .unwrap_or(i64::MAX)
+        }
+    };
+    let of_user = if user.is_some() { "and user_id = ?2" } else { "" };
+    let sql = format!(
+        "select {CHANGE_COLUMNS}, k.committed_at, k.size from rolecache_changes h
+         join rolecache_commits k on k.id = h.commit_id
+         where h.seq >= ?1 {of_user} order by h.seq limit ?3"
+    );
+    let found = sqlx::query(AssertSqlSafe(sql))
+        .bind(first)
+        .bind(user.map(|user| user.0))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(&mut *moment)
+        .await?;
+    let mut changes: Vec<ListedChange> = Vec::with_capacity(found.len());
+    for row in &found {
+        let logged = rows::change(row, 0)?;
+        let size: i64 = row.try_get(13).map_err(StoreError::from)?;
+        let index = match (changes.last(), from.inside) {
+            _ if size == 1 => 0,
+            (Some(before), _) if user.is_none() && before.revision == logged.revision => before.change.index + 1,
+            (None, Some((index, row))) if row == logged.row => index,
+            (_, None) if user.is_none() => 0,
+            _ => index_of(&mut moment, logged.revision, logged.row).await?,
+        };
+        changes.push(ListedChange {
+            revision: logged.revision,
+            at: rows::time(row, 12)?,
+            change: Change { index, ..logged.change },
+            row: logged.row,
+        });
+    }
+    moment.commit().await?;
+    Ok(ChangePage { head: state.head, changes })
+}
+
+async fn index_of(moment: &mut SqliteConnection, revision: Revision, row: i64) -> Result<u64, StoreError> {
+    let before: i64 = sqlx::query_scalar("select count(*) from rolecache_changes where commit_id = ?1 and seq < ?2")
+        .bind(revision.0)
+        .bind(row)
+        .fetch_one(moment)
+        .await?;
+    Ok(before.unsigned_abs())
+}
+
+// === impl State ===
+
+impl State {
+    async fn at(moment: &mut SqliteConnection, revision: Revision) -> Result<Self, StoreError> {
+        let row = sqlx::query(
+            "select h.revision, h.tag, f.trimmed_revision, f.trimmed_tag,
+                    (select c.tag from rolecache_commits c where c.id = ?1)
+             from rolecache_head h, rolecache_feed f",
+        )
+        .bind(revision.0)
+        .fetch_one(moment)
+        .await?;
+        let found = row.try_get::<Option<uuid::Uuid>, _>(4)?.map(Tag);
+        Ok(Self { head: rows::anchor(&row, 0)?, trimmed: rows::anchor(&row, 2)?, found })
+    }
+
+    /// The anchor is the one that [`State::at`] was asked about.
+    fn must_have(&self, anchor: Anchor) -> Result<(), LogError> {
+        if self.found == Some(anchor.tag) || self.trimmed == anchor {
+            return Ok(());
+        }
+        if anchor.revision < self.trimmed.revision {
+            return Err(self.compacted(anchor.revision));
+        }
+        Err(LogError::HistoryChanged { at: anchor, head: self.head.revision })
+    }
+
+    fn compacted(&self, requested: Revision) -> LogError {
+        LogError::Compacted { requested, oldest: self.trimmed.revision, head: self.head.revision }
+    }
+}

@@ -1,0 +1,253 @@
+//! The embedded store: one SQLite file, one server process, any number of other programs that write to `users`.
+//!
+//! Reads run on a pool and see one moment each, by one statement or one read transaction. Writes run on one connection,
+//! which is thrown away on any doubt about its transaction. Every call has a limit of its own: a disk may freeze.
+
+mod adopt;
+mod batch;
+mod call;
+mod check;
+mod error;
+mod file;
+
+mod lock;
+mod log;
+mod open;
+mod plan;
+mod rows;
+mod snapshot;
+mod triggers;
+mod trim;
+mod users;
+
+use std::{
+    future::Future,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use sqlx::{SqliteConnection, SqlitePool, sqlite::SqliteConnectOptions};
+use tokio::time::timeout;
+
+pub use self::open::open;
+use self::{adopt::Users, error::unreachable, lock::Lock};
+use super::{
+    Call, ChangePage, Facts, ListPosition, LogError, Options, Page, Position, Roles, Snapshot, Store, StoreError,
+    Trimmed, UserPage, WriteError, Written,
+};
+use crate::role::{Anchor, MailboxId, Revision, Tag, UserId};
+
+/// How long any one call may take.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// How often it is checked that the file under our connections is the one that has its name.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// SQLite offers no wake-up across processes: a look at the log costs less than one at the file would bring.
+const POLL: Duration = Duration::from_millis(50);
+
+struct Sqlite {
+    path: PathBuf,
+    options: Options,
+    facts: Facts,
+    /// Guards which file we are connected to. Never held across an await.
+    current: Mutex<Current>,
+    /// One at a time looks at the file and reopens it. Taken before `current`.
+    looking: tokio::sync::Mutex<()>,
+    lock: Mutex<Option<Lock>>,
+}
+
+struct Current {
+    live: Arc<Live>,
+    looked: Instant,
+}
+
+/// The connections to one file.
+struct Live {
+    pool: SqlitePool,
+    readers: SqliteConnectOptions,
+    /// None before the first write and after any doubt.
+    writer: tokio::sync::Mutex<Option<SqliteConnection>>,
+    writes: SqliteConnectOptions,
+    identity: file::Identity,
+    users: Users,
+}
+
+// === impl Sqlite ===
+
+impl Sqlite {
+    fn new(path: PathBuf, options: Options, facts: Facts, live: Live, lock: Lock) -> Self {
+        let current = Current { live: Arc::new(live), looked: Instant::now() };
+        Self {
+            path,
+            options,
+            facts,
+            current: Mutex::new(current),
+            looking: tokio::sync::Mutex::new(()),
+            lock: Mutex::new(Some(lock)),
+        }
+    }
+
+    /// The connections, to the file that had our name a second ago at the latest.
+    async fn live(&self) -> Result<Arc<Live>, StoreError> {
+        match self.looked_within(LOOK_EVERY) {
+            Some(live) => Ok(live),
+            None => self.look().await,
+        }
+    }
+
+    /// The connections, to the file that has our name now.
+    async fn look(&self) -> Result<Arc<Live>, StoreError> {
+        let asked = Instant::now();
+        let _one_at_a_time = self.looking.lock().await;
+        if let Some(live) = self.looked_within(asked.elapsed()) {
+            return Ok(live);
+        }
+        let live = self.current.lock().unwrap_or_else(PoisonError::into_inner).live.clone();
+        let (path, identity) = (self.path.clone(), live.identity);
+        let looked = tokio::task::spawn_blocking(move || identity.is_still(&path)).await;
+        match looked.map_err(|error| StoreError::Broken(error::cause(error)))? {
+            Ok(true) => {
+                self.current.lock().unwrap_or_else(PoisonError::into_inner).looked = asked;
+                Ok(live)
+            }
+            Ok(false) => self.reopen(live).await,
+            Err(error) => Err(unreachable(format!("{}: {error}", self.path.display()))),
+        }
+    }
+
+    fn looked_within(&self, age: Duration) -> Option<Arc<Live>> {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        (current.looked.elapsed() <= age).then(|| current.live.clone())
+    }
+
+    /// Follows the name to the file that it names now: a restored backup, whose history the anchors will not find.
+    async fn reopen(&self, old: Arc<Live>) -> Result<Arc<Live>, StoreError> {
+        tracing::warn!(file = %self.path.display(), "the database file was replaced; opening the new one");
+        old.close().await;
+        old.identity.remove_old_wal(&self.path);
+        let (live, facts) = open::establish(&self.path, &self.options)
+            .await
+            .map_err(|error| StoreError::Unreachable(error::cause(error)))?;
+        let live = Arc::new(live);
+        if facts.store_id != self.facts.store_id {
+            live.close().await;
+            return Err(error::broken(format!("{} is another database now", self.path.display())));
+        }
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        *current = Current { live: live.clone(), looked: Instant::now() };
+        Ok(live)
+    }
+}
+
+#[async_trait]
+impl Store for Sqlite {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    async fn head(&self) -> Result<Anchor, StoreError> {
+        limited(async { log::head(&self.live().await?.pool).await }).await
+    }
+
+    async fn read_log(&self, from: &Position, limit: usize) -> Result<Page, LogError> {
+        limited(async { log::read(&self.live().await?.pool, from, limit).await }).await
+    }
+
+    async fn locate(&self, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
+        limited(async { log::locate(&self.live().await?.pool, revision, tag).await }).await
+    }
+
+    async fn roles(&self, users: &[UserId]) -> Result<Roles, StoreError> {
+        limited(async { users::roles(&self.live().await?.pool, &self.facts.default_role, users).await }).await
+    }
+
+    async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
+        limited(async { snapshot::open(&*self.live().await?).await }).await
+    }
+
+    async fn write(&self, calls: &[Call]) -> Vec<Result<Written, WriteError>> {
+        // A batch that went into a file that had lost its name would be gone.
+        match limited(self.look()).await {
+            Ok(live) => batch::write(&live, &self.facts, calls).await,
+            Err(StoreError::Unreachable(cause)) => {
+                calls.iter().map(|_| Err(WriteError::Unreachable(cause.clone()))).collect()
+            }
+            Err(StoreError::Broken(cause)) => calls.iter().map(|_| Err(WriteError::Broken(cause.clone()))).collect(),
+        }
+    }
+
+    async fn mailbox(&self, mailbox: MailboxId) -> Result<Option<UserId>, StoreError> {
+        limited(async { users::mailbox(&self.live().await?.pool, mailbox).await }).await
+    }
+
+    async fn list_users(
+        &self,
+        role: Option<&str>,
+        after: Option<UserId>,
+        limit: usize,
+    ) -> Result<UserPage, StoreError> {
+        limited(async { users::list(&*self.live().await?, role, after, limit).await }).await
+    }
+
+    async fn list_changes(
+        &self,
+        user: Option<UserId>,
+        from: ListPosition,
+        limit: usize,
+    ) -> Result<ChangePage, LogError> {
+        limited(async { log::list(&self.live().await?.pool, user, from, limit).await }).await
+    }
+
+    async fn trim(&self, retain: Duration) -> Result<Trimmed, StoreError> {
+        limited(async { trim::trim(&*self.live().await?, retain).await }).await
+    }
+
+    async fn check_triggers(&self) -> Result<Vec<String>, StoreError> {
+        limited(async { check::triggers(&self.live().await?.pool).await }).await
+    }
+
+    async fn listen(&self, _wake: &(dyn Fn() + Send + Sync)) -> StoreError {
+        // Whoever reads the log polls it, as `poll_at_least_every` says.
+        std::future::pending().await
+    }
+
+    fn poll_at_least_every(&self) -> Option<Duration> {
+        Some(POLL)
+    }
+
+    async fn close(&self) {
+        let live = self.current.lock().unwrap_or_else(PoisonError::into_inner).live.clone();
+        live.close().await;
+        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(lock) = lock {
+            lock.release();
+        }
+    }
+}
+
+// === impl Live ===
+
+impl Live {
+    async fn close(&self) {
+        // A stuck statement must not keep us: the process ends, or the file is not ours any more.
+        let closed = timeout(LOOK_EVERY, async {
+            if let Some(writer) = self.writer.lock().await.take() {
+                let _ = sqlx::Connection::close(writer).await;
+            }
+            self.pool.close().await;
+        });
+        if closed.await.is_err() {
+            tracing::warn!("a connection was still busy when the database was closed");
+        }
+    }
+}
+
+async fn limited<T, E: From<StoreError>>(call: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    match timeout(LIMIT, call).await {
+        Ok(answer) => answer,
+        Err(_) => Err(unreachable(format!("no answer within {} s", LIMIT.as_secs())).into()),
+    }
+}
