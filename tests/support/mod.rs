@@ -2,4 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod gates;
 pub mod postgres;
+pub mod server;
+pub mod watch;

@@ -1,0 +1,22 @@
+//! The service over real gRPC, on both stores, one file per behaviour.
+#![allow(clippy::unwrap_used, unreachable_pub, reason = "tests")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+/// Runs each of these tests on both stores: `on_both! { name, ... }` for functions `async fn name(db: Db)`.
+#[macro_export]
+macro_rules! on_both {
+    ($($name:ident),* $(,)?) => {
+        mod on_postgres {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name($crate::support::server::Db::postgres().await).await })*
+        }
+        mod on_sqlite {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name($crate::support::server::Db::sqlite()).await })*
+        }
+    };
+}
+
+mod reads;
