@@ -215,7 +215,7 @@ impl Watch {
                 for change in &part.changes {
                     let who = output::user(change.user_id, &change.username);
                     output::line(format_args!(
-                        "{:>6}  {}  {:<17}  {who}  {}  by {}",
+                        "{:>6}  {}  {:<17}  {who:<14}  {}  by {}",
                         change.revision,
                         output::time(change.changed_at.as_ref()),
                         output::kind(change),
