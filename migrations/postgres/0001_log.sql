@@ -242,7 +242,7 @@ declare
   inserted bigint[];
   must_log bigint[] := '{}';
   head bigint;
-  now_us bigint;
+  now_at timestamptz;
   cid bigint;
   k record;
   i int;
@@ -497,18 +497,18 @@ begin
 
   select coalesce(
     (select c.revision from rolecache.commits c where c.revision is not null order by c.revision desc limit 1),
-    f.trimmed_revision), (extract(epoch from clock_timestamp()) * 1000000)::bigint
-  into head, now_us from rolecache.feed f;
+    f.trimmed_revision), clock_timestamp()
+  into head, now_at from rolecache.feed f;
   for i in 1 .. total loop
     if outcomes[i] = 'changed' and commit_ids[i] is null then
       commit_ids[i] := cid;
     elsif outcomes[i] = 'same' and revisions[i] is null then
       revisions[i] := head;
-      times[i] := now_us;
+      times[i] := (extract(epoch from now_at) * 1000000)::bigint;
     end if;
   end loop;
   if jsonb_path_exists(calls, '$[*].request') then
-    update rolecache.requests q set commit_id = commit_ids[x.n + 1], revision = revisions[x.n + 1]
+    update rolecache.requests q set commit_id = commit_ids[x.n + 1], revision = revisions[x.n + 1], at = now_at
     from jsonb_to_recordset(calls) x (n int, actor text, request text)
     where q.actor = x.actor and q.request_id = x.request and q.commit_id is null and q.revision is null
       and outcomes[x.n + 1] in ('changed', 'same');

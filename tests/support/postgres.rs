@@ -109,8 +109,7 @@ impl Own {
             "$@" >"$dir/log" 2>&1 </dev/null &
             server=$!
             ( cat >/dev/null
-              kill -QUIT $server 2>/dev/null
-              while kill -0 $server 2>/dev/null; do sleep 0.05; done
+              while kill -QUIT $server 2>/dev/null; do sleep 0.05; done
               [ -e "$dir/stopped" ] || rm -rf "$dir" ) <&3 &
             exec 3<&-
             wait $server
@@ -278,10 +277,16 @@ fn bin() -> PathBuf {
             .collect();
         packaged.sort();
         packaged.reverse();
-        on_path.chain(packaged).find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists()).expect(
-            "these tests need PostgreSQL: install its server, set ROLECACHE_TEST_POSTGRES_BIN to where initdb and \
+        // Through links: the other programs may not be linked.
+        let home = |dir: PathBuf| Some(fs::canonicalize(dir.join("initdb")).ok()?.parent()?.to_owned());
+        on_path
+            .chain(packaged)
+            .filter_map(home)
+            .find(|dir| dir.join("postgres").exists() && dir.join("psql").exists())
+            .expect(
+                "these tests need PostgreSQL: install its server, set ROLECACHE_TEST_POSTGRES_BIN to where initdb and \
              postgres are, or ROLECACHE_TEST_DATABASE_URL to a server to make databases on",
-        )
+            )
     })
     .clone()
 }

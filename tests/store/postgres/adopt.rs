@@ -74,7 +74,7 @@ async fn what_cannot_be_served_is_refused_without_a_trace() {
         ("create table users (user_id int primary key, role int)", "its column role is integer"),
         (
             "create type r as enum ('user'); create table users (user_id int primary key, role r)",
-            "its column role is r",
+            "its column role is public.r",
         ),
         ("create table users (user_id int, role text)", "its column user_id is no key"),
         ("create table users (user_id int unique, role text)", "its column user_id is no key"),
