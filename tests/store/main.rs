@@ -1,5 +1,7 @@
 //! One contract, two stores: what the trait promises, and what is special to each.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod history;
+mod outage;
 mod sql;
 mod write;
 

@@ -3,3 +3,4 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod postgres;
+pub mod proxy;

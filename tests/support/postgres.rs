@@ -95,6 +95,12 @@ impl Postgres {
         self.own().start();
     }
 
+    /// As a standby without a primary.
+    pub fn start_as_standby(&self) {
+        fs::write(self.own().dir.path().join("data/standby.signal"), "").unwrap();
+        self.own().start();
+    }
+
     fn own(&self) -> &Own {
         self.own.as_ref().expect("only a server of our own can be stopped")
     }
