@@ -118,7 +118,7 @@ impl Own {
               while kill -QUIT $server 2>/dev/null; do sleep 0.05; done
               [ -e "$dir/stopped" ] || rm -rf "$dir" ) <&3 &
             exec 3<&-
-            wait $server
+            wait
         "#;
         let _ = fs::remove_file(self.dir.path().join("stopped"));
         let postgres = unprivileged(&self.bin.join("postgres"));
@@ -167,6 +167,10 @@ impl Own {
         let pid = pid.lines().next().unwrap().trim().to_owned();
         let sent = Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap();
         assert!(sent.success());
+        while Path::new("/proc").join(&pid).exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Its shell ends with its input, and the watchdog in it, which leaves the data alone.
         self.server.lock().unwrap().take().expect("the server runs").wait().unwrap();
     }
 
