@@ -2,6 +2,7 @@
 
 mod adopt;
 mod history;
+mod outage;
 mod sql;
 mod write;
 
@@ -14,17 +15,17 @@ use rolecache::{
 
 use crate::support::postgres::{Database, Postgres, psql};
 
-pub fn options(url: &str) -> Options {
+pub(crate) fn options(url: &str) -> Options {
     let (default_role, admin_role) = (RoleName::held("user"), RoleName::held("admin"));
     Options { url: url.to_owned(), default_role, admin_role, migrate: true }
 }
 
-pub async fn open(url: &str) -> Arc<dyn Store> {
+pub(crate) async fn open(url: &str) -> Arc<dyn Store> {
     postgres::open(&options(url)).await.unwrap()
 }
 
 /// Why it cannot be opened.
-pub async fn refusal(options: &Options) -> String {
+pub(crate) async fn refusal(options: &Options) -> String {
     match postgres::open(options).await {
         Err(OpenError::Refused(sentence)) => sentence,
         Err(other) => panic!("not refused but {other}"),
@@ -33,14 +34,14 @@ pub async fn refusal(options: &Options) -> String {
 }
 
 /// A database with the schema in it.
-pub async fn fresh() -> (Database, Arc<dyn Store>) {
+pub(crate) async fn fresh() -> (Database, Arc<dyn Store>) {
     let database = Postgres::shared().fresh_database().await;
     let store = open(&database.url).await;
     (database, store)
 }
 
 /// The whole log, read in pages of `limit`.
-pub async fn log_in_pages(store: &dyn Store, limit: usize) -> Result<Vec<Commit>, LogError> {
+pub(crate) async fn log_in_pages(store: &dyn Store, limit: usize) -> Result<Vec<Commit>, LogError> {
     let mut at = Position::from(store.locate(Revision(0), None).await?);
     let mut commits: Vec<Commit> = Vec::new();
     loop {
@@ -71,12 +72,12 @@ pub async fn log_in_pages(store: &dyn Store, limit: usize) -> Result<Vec<Commit>
     Ok(commits)
 }
 
-pub async fn log(store: &dyn Store) -> Vec<Commit> {
+pub(crate) async fn log(store: &dyn Store) -> Vec<Commit> {
     log_in_pages(store, 1_000).await.unwrap()
 }
 
 /// A commit per line: `1:-user 2:user-admin` for user 1 created and 2 made admin.
-pub fn told(commits: &[Commit]) -> String {
+pub(crate) fn told(commits: &[Commit]) -> String {
     let name = |role: &Option<RoleName>| role.as_ref().map_or(String::new(), ToString::to_string);
     let one = |change: &Change| format!("{}:{}-{}", change.user, name(&change.old), name(&change.new));
     commits.iter().fold(String::new(), |mut text, commit| {
@@ -87,29 +88,29 @@ pub fn told(commits: &[Commit]) -> String {
 }
 
 /// What SQL leaves in the log of a fresh database, which already has users 1 (user), 2 (admin) and 3 (no role).
-pub async fn logged(sql: &str) -> String {
+pub(crate) async fn logged(sql: &str) -> String {
     let (database, store) = fresh().await;
-    psql(&database.url, "insert into users values (1, 'user'), (2, 'admin', 'bob'), (3, null)");
+    psql(&database.url, "insert into users values (1, 'user', null), (2, 'admin', 'bob'), (3, null, null)");
     psql(&database.url, sql);
     let commits = log(&*store).await;
     assert_eq!(told(&commits[..1]), "1:-user 2:-admin 3:-user\n");
     told(&commits[1..])
 }
 
-pub fn set(user: i64, role: &str) -> Call {
+pub(crate) fn set(user: i64, role: &str) -> Call {
     let role = RoleName::held(role);
     call(Op::Set { user: UserId(user), role, username: None, expected: None, reason: None })
 }
 
-pub fn call(op: Op) -> Call {
+pub(crate) fn call(op: Op) -> Call {
     Call { actor: "tester".into(), request: None, op }
 }
 
-pub fn with_id(mut call: Call, id: &str) -> Call {
+pub(crate) fn with_id(mut call: Call, id: &str) -> Call {
     call.request = Some(RequestId { id: id.into(), hash: [7; 32] });
     call
 }
 
-pub async fn role_of(store: &dyn Store, user: i64) -> String {
+pub(crate) async fn role_of(store: &dyn Store, user: i64) -> String {
     store.roles(&[UserId(user)]).await.unwrap().roles[0].to_string()
 }

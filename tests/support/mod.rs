@@ -4,5 +4,6 @@
 
 pub mod gates;
 pub mod postgres;
+pub mod proxy;
 pub mod server;
 pub mod watch;

@@ -95,6 +95,12 @@ impl Postgres {
         self.own().start();
     }
 
+    /// As a standby without a primary.
+    pub fn start_as_standby(&self) {
+        fs::write(self.own().dir.path().join("data/standby.signal"), "").unwrap();
+        self.own().start();
+    }
+
     fn own(&self) -> &Own {
         self.own.as_ref().expect("only a server of our own can be stopped")
     }
@@ -109,11 +115,10 @@ impl Own {
             "$@" >"$dir/log" 2>&1 </dev/null &
             server=$!
             ( cat >/dev/null
-              kill -QUIT $server 2>/dev/null
-              while kill -0 $server 2>/dev/null; do sleep 0.05; done
+              while kill -QUIT $server 2>/dev/null; do sleep 0.05; done
               [ -e "$dir/stopped" ] || rm -rf "$dir" ) <&3 &
             exec 3<&-
-            wait $server
+            wait
         "#;
         let _ = fs::remove_file(self.dir.path().join("stopped"));
         let postgres = unprivileged(&self.bin.join("postgres"));
@@ -162,6 +167,10 @@ impl Own {
         let pid = pid.lines().next().unwrap().trim().to_owned();
         let sent = Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap();
         assert!(sent.success());
+        while Path::new("/proc").join(&pid).exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Its shell ends with its input, and the watchdog in it, which leaves the data alone.
         self.server.lock().unwrap().take().expect("the server runs").wait().unwrap();
     }
 
@@ -278,10 +287,16 @@ fn bin() -> PathBuf {
             .collect();
         packaged.sort();
         packaged.reverse();
-        on_path.chain(packaged).find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists()).expect(
-            "these tests need PostgreSQL: install its server, set ROLECACHE_TEST_POSTGRES_BIN to where initdb and \
+        // Through links: the other programs may not be linked.
+        let home = |dir: PathBuf| Some(fs::canonicalize(dir.join("initdb")).ok()?.parent()?.to_owned());
+        on_path
+            .chain(packaged)
+            .filter_map(home)
+            .find(|dir| dir.join("postgres").exists() && dir.join("psql").exists())
+            .expect(
+                "these tests need PostgreSQL: install its server, set ROLECACHE_TEST_POSTGRES_BIN to where initdb and \
              postgres are, or ROLECACHE_TEST_DATABASE_URL to a server to make databases on",
-        )
+            )
     })
     .clone()
 }

@@ -74,7 +74,7 @@ async fn what_cannot_be_served_is_refused_without_a_trace() {
         ("create table users (user_id int primary key, role int)", "its column role is integer"),
         (
             "create type r as enum ('user'); create table users (user_id int primary key, role r)",
-            "its column role is r",
+            "its column role is public.r",
         ),
         ("create table users (user_id int, role text)", "its column user_id is no key"),
         ("create table users (user_id int unique, role text)", "its column user_id is no key"),
@@ -185,4 +185,26 @@ async fn rows_written_during_the_migration_are_not_missed() {
     let store = opening.await.unwrap();
     psql(&database.url, "update users set role = 'd'");
     assert_eq!(told(&log(&*store).await), "1:b-d 2:c-d\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_is_refused() {
+    let server = tokio::task::spawn_blocking(Postgres::start_own).await.unwrap();
+    let database = server.fresh_database().await;
+    tokio::task::block_in_place(|| {
+        server.stop();
+        server.start_as_standby();
+    });
+    assert!(refusal(&options(&database.url)).await.contains("is a standby"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_without_rights_is_told_what_it_needs() {
+    let database = Postgres::shared().fresh_database().await;
+    let name = format!("poor_{}", database.url.rsplit('/').next().unwrap());
+    psql(&database.url, &format!("create role {name} login; create table users (user_id int primary key, role text)"));
+    let before = dump(&database.url, &["-s"]);
+    let sentence = refusal(&options(&database.url.replace("postgres@", &format!("{name}@")))).await;
+    assert!(sentence.contains("the database role has to own the tables"), "{sentence}");
+    assert_eq!(dump(&database.url, &["-s"]), before);
 }

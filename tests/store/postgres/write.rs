@@ -7,6 +7,7 @@ use rolecache::{
 
 use super::{call, fresh, log, role_of, set, told, with_id};
 use crate::support::postgres::{Session, psql};
+use std::time::{Duration, Instant};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_is_one_commit_that_says_who_and_why() {
@@ -167,4 +168,83 @@ async fn a_transfer_hands_over_everything_or_nothing() {
     other.run("begin; select from mailboxes for update;");
     let answer = store.write(&[transfer(2, 5, Some(9), true)]).await.remove(0);
     assert!(matches!(answer, Err(WriteError::Busy)), "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_keeps_the_feed_lock_makes_writes_busy() {
+    let (database, store) = fresh().await;
+    let mut other = Session::open(&database.url);
+    other.run("begin; set constraints all immediate; insert into users values (1, 'x');");
+    let asked = Instant::now();
+    let answers = store.write(&[set(2, "a"), set(3, "a"), set(4, "a")]).await;
+    assert!(answers.iter().all(|answer| matches!(answer, Err(WriteError::Busy))), "{answers:?}");
+    assert!(asked.elapsed() < Duration::from_secs(8), "{:?}", asked.elapsed());
+    other.run("rollback;");
+    assert_eq!(told(&log(&*store).await), "");
+    assert!(store.write(&[set(2, "a")]).await[0].is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_are_durable_where_the_database_would_rather_not() {
+    let (database, store) = fresh().await;
+    let name = database.url.rsplit('/').next().unwrap();
+    psql(
+        &database.url,
+        &format!(
+            "alter database {name} set synchronous_commit = off;
+             create function must_be_durable() returns trigger language plpgsql as $$ begin
+               if current_setting('synchronous_commit') = 'off' then raise exception 'not durable'; end if;
+               return null; end $$;
+             create constraint trigger must_be_durable after insert on users initially deferred
+               for each row execute function must_be_durable()"
+        ),
+    );
+    store.close().await;
+    let store = super::open(&database.url).await;
+    store.write(&[set(1, "a")]).await.remove(0).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mailboxes_are_registered_once() {
+    let (database, store) = fresh().await;
+    let register = |creator| call(Op::Register { mailbox: MailboxId(5), creator: UserId(creator) });
+    for _ in 0..2 {
+        assert_eq!(store.write(&[register(1)]).await.remove(0).unwrap().changes, []);
+    }
+    let other = store.write(&[register(2)]).await.remove(0);
+    assert!(matches!(other, Err(WriteError::Refused(Refusal::MailboxExists { creator: UserId(1) }))), "{other:?}");
+    assert_eq!(store.mailbox(MailboxId(5)).await.unwrap(), Some(UserId(1)));
+    let mut bot = Session::open(&database.url);
+    bot.run("begin; insert into mailboxes values (6, 1);");
+    let busy = call(Op::Register { mailbox: MailboxId(6), creator: UserId(1) });
+    let answers = store.write(&[busy, set(1, "a")]).await;
+    assert!(matches!(answers[..], [Err(WriteError::Busy), Ok(_)]), "{answers:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expected_role_is_compared_with_what_is_there() {
+    let (database, store) = fresh().await;
+    psql(&database.url, "insert into users values (1, 'admin'), (2, null), (3, '')");
+    for (user, expected, is_met) in [
+        (1, "user", false),
+        (1, "", false),
+        (1, "admin", true),
+        (2, "user", true),
+        (3, "user", true),
+        (4, "user", true),
+        (5, "", true),
+        (6, "admin", false),
+        (2, "", false),
+    ] {
+        let mut call = with_id(set(user, "x"), &format!("{user}{expected}"));
+        let Op::Set { expected: wanted, .. } = &mut call.op else { unreachable!() };
+        *wanted = Some(expected.into());
+        let answer = store.write(&[call]).await.remove(0);
+        match answer {
+            Ok(written) => assert!(is_met && written.changes.len() == 1, "{user} {expected}"),
+            Err(WriteError::Refused(Refusal::RoleMismatch { .. })) => assert!(!is_met, "{user} {expected}"),
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!(psql(&database.url, "select count(*) from rolecache.requests"), "5");
 }
