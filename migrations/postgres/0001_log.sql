@@ -96,6 +96,7 @@ end $$;
 
 -- Gives a commit its revision at COMMIT, under the feed lock, which is held until the commit is visible: so whoever
 -- sees a revision sees every smaller one that will ever be. Counted before the lock: a commit may have a million changes.
+-- Writers under SERIALIZABLE all meet in this log, so many of them at once have to try again more often than before.
 -- A number that is not the highest would be overlooked by every reader; opening the store repairs the sequence.
 create function rolecache.number_commit() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
