@@ -96,6 +96,7 @@ end $$;
 
 -- Gives a commit its revision at COMMIT, under the feed lock, which is held until the commit is visible: so whoever
 -- sees a revision sees every smaller one that will ever be. Counted before the lock: a commit may have a million changes.
+-- Writers under SERIALIZABLE all meet in this log, so many of them at once have to try again more often than before.
 -- A number that is not the highest would be overlooked by every reader; opening the store repairs the sequence.
 create function rolecache.number_commit() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -141,7 +142,7 @@ declare
   before text;
   after text;
   name text;
-  named boolean;
+  name_type oid;
   cid bigint;
   fresh boolean := false;
 begin
@@ -162,22 +163,34 @@ begin
       return null;
     end if;
   end if;
-  -- Asked each time, because the table is not ours: its owner may add or drop the column under the trigger.
-  named := exists (
-    select from pg_attribute a where a.attrelid = tg_relid and a.attname = 'username' and not a.attisdropped
-  );
+  -- Asked each time, because the table is not ours: its owner may add, drop or change the column under the trigger.
+  -- A line per type, because a session keeps the plan of a line for the type that it had first.
+  select a.atttypid into name_type
+  from pg_attribute a where a.attrelid = tg_relid and a.attname = 'username' and not a.attisdropped;
   select c.id into cid from rolecache.commits c where c.xid = pg_current_xact_id() and c.revision is null;
   if cid is null then
     fresh := true;
     cid := nextval('rolecache.commits_id_seq');
   end if;
   if tg_op = 'DELETE' or (tg_op = 'UPDATE' and old.user_id <> new.user_id) then
-    if named then name := old.username; end if;
+    if name_type = 'text'::regtype then
+      name := old.username;
+    elsif name_type = 'varchar'::regtype then
+      name := old.username;
+    elsif name_type is not null then
+      name := to_jsonb(old) ->> 'username';
+    end if;
     insert into rolecache.changes (commit_id, user_id, old_role, username) values (cid, old.user_id, before, name);
     before := null;
   end if;
   if tg_op <> 'DELETE' then
-    if named then name := new.username; end if;
+    if name_type = 'text'::regtype then
+      name := new.username;
+    elsif name_type = 'varchar'::regtype then
+      name := new.username;
+    elsif name_type is not null then
+      name := to_jsonb(new) ->> 'username';
+    end if;
     insert into rolecache.changes (commit_id, user_id, old_role, new_role, username)
     values (cid, new.user_id, before, after, name);
   end if;
@@ -199,7 +212,8 @@ begin
   return null;
 end $$;
 
--- Raw inequality first: an update that leaves role and key alone calls no function.
+-- Raw inequality first: an update that leaves role and key alone calls no function. Naming both columns here also keeps
+-- their owner from changing their types or dropping them under the log, in words of PostgreSQL's own.
 create trigger rolecache_insert after insert on public.users
   for each row execute function rolecache.log_row();
 create trigger rolecache_update after update on public.users

@@ -51,6 +51,13 @@ pub(super) async fn ensure(conn: &mut PgConnection, options: &Options) -> Result
     match standing(conn).await? {
         Standing::Current => {
             let adopted = adopt::inspect(conn).await?.map_err(OpenError::Refused)?;
+            for (table, found) in [("users", &adopted.users), ("mailboxes", &adopted.mailboxes)] {
+                if found.is_none() {
+                    return Err(OpenError::Refused(format!(
+                        "the table public.{table} is gone; the store had it before"
+                    )));
+                }
+            }
             return Ok(described(&adopted, "found"));
         }
         Standing::Behind { at } if !options.migrate => {

@@ -201,7 +201,26 @@ impl From<Failure> for StoreError {
 }
 
 impl From<Failure> for OpenError {
+    /// What a person has to put right is refused; the rest is worth another try.
     fn from(failure: Failure) -> Self {
-        Self::Unreachable(failure.cause())
+        let code = match &failure {
+            Failure::NoConnection(error) | Failure::Sql(error) => {
+                error.as_database_error().and_then(|error| Some(error.code()?.into_owned())).unwrap_or_default()
+            }
+            Failure::Silent(_) | Failure::Shape(_) => String::new(),
+        };
+        let sentence = match code.as_str() {
+            "3D000" => "the database that the URL names does not exist",
+            "42501" => "our database role may not use the schema rolecache, or not the tables users and mailboxes",
+            "08P01" => {
+                "our start-up options are refused, as by a pooler; let it ignore them (PgBouncer: \
+                 ignore_startup_parameters = options)"
+            }
+            code if code.starts_with("28") => "PostgreSQL refuses the user or the password of the database URL",
+            _ if failure.passes() => return Self::Unreachable(failure.cause()),
+            _ => "the store answers what it should not; the log has the cause",
+        };
+        tracing::error!(error = %failure, "the store cannot be opened");
+        Self::Refused(sentence.to_owned())
     }
 }

@@ -2,7 +2,7 @@
 
 use rolecache::{
     role::UserId,
-    store::{Op, Options, postgres},
+    store::{Op, OpenError, Options, postgres},
 };
 
 use super::{call, log, open, options, refusal, role_of, set, told};
@@ -207,4 +207,21 @@ async fn a_role_without_rights_is_told_what_it_needs() {
     let sentence = refusal(&options(&database.url.replace("postgres@", &format!("{name}@")))).await;
     assert!(sentence.contains("the database role has to own the tables"), "{sentence}");
     assert_eq!(dump(&database.url, &["-s"]), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_person_has_to_put_right_is_refused_and_an_outage_is_not() {
+    let database = Postgres::shared().fresh_database().await;
+    let nowhere = format!("{}_gone", database.url);
+    assert!(refusal(&options(&nowhere)).await.contains("does not exist"));
+    let nobody = database.url.replace("postgres@", "nobody_at_all@");
+    assert!(refusal(&options(&nobody)).await.contains("refuses the user"));
+    assert!(refusal(&options("postgres://[broken")).await.contains("URL"));
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("postgres://postgres@{}/x?sslmode=disable", silent.local_addr().unwrap());
+    let outage = postgres::open(&options(&silent)).await;
+    assert!(matches!(outage, Err(OpenError::Unreachable(_))));
+    open(&database.url).await;
+    psql(&database.url, "alter table users rename to people");
+    assert!(refusal(&options(&database.url)).await.contains("users is gone"));
 }

@@ -216,9 +216,14 @@ async fn the_log_is_trimmed_from_its_start_while_writers_run() {
     let (database, store) = fresh().await;
     psql(
         &database.url,
-        "begin; set constraints all immediate;
-                         insert into users select g, 'user' from generate_series(1, 13000) g; commit;
-                         update rolecache.commits set committed_at = now() - interval '40 days' where revision <> 2500",
+        "do $$ begin
+           for i in 0 .. 64 loop
+             set constraints all immediate;
+             insert into users select g, 'user' from generate_series(i * 200 + 1, i * 200 + 200) g;
+             commit;
+           end loop;
+         end $$;
+         update rolecache.commits set committed_at = now() - interval '40 days' where revision <> 2500",
     );
     store.write(&[with_id(set(1, "x"), "old")]).await.remove(0).unwrap();
     psql(&database.url, "update rolecache.requests set at = now() - interval '2 days'");

@@ -146,3 +146,20 @@ async fn a_column_that_comes_or_goes_breaks_nothing() {
     assert_eq!(commits[4].changes[0].username.as_deref(), Some("ann"));
     assert_eq!(store.list_users(None, None, 9).await.unwrap().users[0].username.as_deref(), Some("ann"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_column_whose_type_changes_breaks_no_open_session() {
+    let (database, store) = fresh().await;
+    let mut bot = Session::open(&database.url);
+    assert_eq!(bot.run("insert into users values (1, 'a', 'ann'); update users set role = 'b'; "), "");
+    psql(&database.url, "alter table users alter column username type varchar(40)");
+    let error = try_psql(&database.url, "alter table users alter column role type varchar(20)").unwrap_err();
+    assert!(error.contains("used in a trigger definition"), "what the log is made of stays as it is: {error}");
+    assert_eq!(
+        bot.run("insert into users values (2, 'c', 'eve'); update users set role = 'd'; delete from users;"),
+        ""
+    );
+    let commits = log(&*store).await;
+    assert_eq!(told(&commits), "1:-a\n1:a-b\n2:-c\n1:b-d 2:c-d\n1:d- 2:d-\n");
+    assert_eq!(commits[4].changes[1].username.as_deref(), Some("eve"));
+}
