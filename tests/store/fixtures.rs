@@ -1,8 +1,9 @@
 //! The stores as the suite needs them: a fresh database, and another program that writes to it.
 
 use std::{
+    io::Write,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::Arc,
 };
 
@@ -92,6 +93,22 @@ impl SqliteFile {
         let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
+    }
+}
+
+impl SqliteFile {
+    /// Runs a script of which statements may fail.
+    pub fn run_script(&self, script: &str) {
+        let mut shell = Command::new("sqlite3")
+            .args(["-batch", "-cmd", ".timeout 20000"])
+            .arg(self.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        shell.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+        shell.wait().unwrap();
     }
 }
 

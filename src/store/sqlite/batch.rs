@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{ConnectOptions, Connection, SqliteConnection};
+use sqlx::{Connection, SqliteConnection};
 use tokio::time::timeout;
 
 use super::{
@@ -93,7 +93,7 @@ async fn run(live: &Live, facts: &Facts, calls: &[Call], sent: &Mutex<Option<Sen
     let mut slot = live.writer.lock().await;
     let mut connection = match slot.take() {
         Some(connection) => connection,
-        None => live.writes.connect().await.map_err(Failed::from)?,
+        None => live.connect_writer(None).await.map_err(Failed::from)?,
     };
     match transaction(&mut connection, live, facts, calls, sent).await {
         Ok(()) => {
@@ -152,7 +152,7 @@ async fn find_out(live: &Live, sent: Sent, error: Cause) -> Result<Vec<Answer>, 
     let unknown = || Failed::All(WriteError::OutcomeUnknown(error.clone()));
     let Some(commit) = sent.commit else { return Err(unknown()) };
     let look = async {
-        let mut connection = live.writes.clone().busy_timeout(FIND_OUT_BUSY).connect().await?;
+        let mut connection = live.connect_writer(Some(FIND_OUT_BUSY)).await?;
         sqlx::query("begin immediate").execute(&mut connection).await?;
         let is_there: bool =
             sqlx::query_scalar("select exists (select 1 from rolecache_commits where id = ?1 and tag = ?2)")

@@ -12,7 +12,7 @@ use std::{
 use sqlx::{
     ConnectOptions, Connection, Row, SqliteConnection,
     migrate::{MigrateError, Migrator},
-    sqlite::{SqliteConnectOptions, SqlitePoolOptions, SqliteSynchronous},
+    sqlite::{SqliteConnectOptions, SqlitePoolOptions},
 };
 use uuid::Uuid;
 
@@ -75,23 +75,27 @@ pub(super) async fn establish(path: &Path, options: &Options) -> Result<(Live, F
     let (users, facts) = set_up?;
     closed.map_err(explain)?;
 
+    let identity = file::Identity::of(path).map_err(|error| OpenError::Unreachable(cause(error)))?;
     let readers = base(path).busy_timeout(READ_BUSY).pragma("query_only", "on");
+    let same = (path.to_owned(), identity);
     let pool = SqlitePoolOptions::new()
         .max_connections(READERS)
         .acquire_timeout(ACQUIRE)
         .test_before_acquire(false)
         .idle_timeout(None)
         .max_lifetime(None)
+        .after_connect(move |_, _| {
+            let (path, identity) = same.clone();
+            Box::pin(async move { identity.must_be_at(&path).await })
+        })
         .connect_lazy_with(readers.clone());
-    // Opened before the file is looked at, and kept: as long as it stands the -wal file is this one.
-    drop(pool.acquire().await.map_err(explain)?);
-    let identity = file::Identity::of(path).map_err(|error| OpenError::Unreachable(cause(error)))?;
     let live = Live {
+        path: path.to_owned(),
         pool,
         readers,
         writer: tokio::sync::Mutex::new(None),
-        writes: base(path).busy_timeout(WRITE_BUSY).synchronous(SqliteSynchronous::Full),
-        identity,
+        writes: base(path).busy_timeout(WRITE_BUSY),
+        identity: std::sync::Mutex::new(identity),
         users,
     };
     Ok((live, facts))
