@@ -1,6 +1,6 @@
 //! Thousands of statements that nobody thought of: the log must always lead to the table.
 
-use super::replace::assert_log_leads_to_table;
+use super::replace::assert_log_ends_at_table;
 use crate::{
     fixtures::{Fixture, SqliteFile},
     suite::*,
@@ -79,7 +79,10 @@ async fn the_log_always_leads_to_the_table() {
                     let _ = write(&store, set(user, "helper")).await;
                     let _ = write(&store, set_named(user, "admin", "eve")).await;
                 }
-                assert_log_leads_to_table(&database, &store).await;
+                // A bot's trigger that changes the row which a statement is about to change leaves SQLite itself with an OLD of
+                // before: then the log says from which role it thinks that it went, and still to which it did.
+                let chained = triggers.is_empty() || recursive == "off";
+                assert_log_ends_at_table(&database, &store, chained).await;
             }
             let head = store.head().await.unwrap().revision.0;
             assert!(head > 150, "only {head} commits: the statements do nothing");
