@@ -179,7 +179,7 @@ impl Fixture for SqliteFile {
     fn rewrite_role(&self, from: &str, to: &str) {
         for kind in ["insert", "update"] {
             self.sql(&format!(
-                "create trigger rewrite_{kind} after {kind} on users when new.role = '{from}'
+                "create trigger rewrite_{from}_{kind} after {kind} on users when new.role = '{from}'
                  begin update users set role = '{to}' where user_id = new.user_id; end"
             ));
         }
