@@ -67,10 +67,10 @@ async fn attempt(live: &Live, facts: &Facts, calls: &[Call]) -> Result<Vec<Answe
     let done = timeout(LIMIT, run(live, facts, calls, &sent)).await;
     let error = match done {
         Ok(Ok(())) => return Ok(take(&sent).map(|sent| sent.answers).unwrap_or_default()),
-        Ok(Err(failed)) if take_if_unsent(&sent) => return Err(failed),
+        Ok(Err(failed)) if is_unsent(&sent) => return Err(failed),
         Ok(Err(Failed::Guilty(cause))) => return Err(Failed::Guilty(cause)),
         Ok(Err(Failed::All(error))) => cause(error),
-        Err(_) if take_if_unsent(&sent) => {
+        Err(_) if is_unsent(&sent) => {
             return Err(Failed::All(WriteError::Unreachable(words(format!("no answer within {} s", LIMIT.as_secs())))));
         }
         Err(_) => words(format!("COMMIT was not confirmed within {} s", LIMIT.as_secs())),
@@ -85,7 +85,7 @@ fn take(sent: &Mutex<Option<Sent>>) -> Option<Sent> {
     sent.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-fn take_if_unsent(sent: &Mutex<Option<Sent>>) -> bool {
+fn is_unsent(sent: &Mutex<Option<Sent>>) -> bool {
     sent.lock().unwrap_or_else(PoisonError::into_inner).is_none()
 }
 

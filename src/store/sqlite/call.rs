@@ -132,7 +132,7 @@ impl<'a> Batch<'a> {
                     changes.push(Change { index: self.size, ..change });
                     self.size += 1;
                 }
-                if let Some(Op::Transfer { mailbox: Some(mailbox), to, .. }) = Some(&call.op) {
+                if let Op::Transfer { mailbox: Some(mailbox), to, .. } = &call.op {
                     self.known.mailboxes.insert(*mailbox, *to);
                 }
                 self.wrote = true;

@@ -123,12 +123,15 @@ async fn set_up(
     if let Some((_, default, admin)) = &known {
         refuse_settings(path, options, default, admin)?;
     }
+    let sql = if options.migrate { "pragma journal_mode = wal" } else { "pragma journal_mode" };
+    let mode: String = sqlx::query_scalar(sql).fetch_one(&mut *connection).await.map_err(explain)?;
+    if !mode.eq_ignore_ascii_case("wal") {
+        let path = path.display();
+        return refuse(format!(
+            "{path} is in journal mode {mode} and not in WAL mode, which network file systems cannot have"
+        ));
+    }
     if options.migrate {
-        let mode: String =
-            sqlx::query_scalar("pragma journal_mode = wal").fetch_one(&mut *connection).await.map_err(explain)?;
-        if !mode.eq_ignore_ascii_case("wal") {
-            return refuse(format!("{} cannot be kept in WAL mode: is it on a network file system?", path.display()));
-        }
         migrator().run_direct(None, &mut *connection, false).await.map_err(|error| migrate_error(path, error))?;
     }
     let (store_id, ..) = match known {
