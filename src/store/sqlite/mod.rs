@@ -9,12 +9,15 @@ mod call;
 mod check;
 mod error;
 mod file;
+mod list;
 
 mod lock;
 mod log;
 mod open;
 mod plan;
+mod requests;
 mod rows;
+mod schema;
 mod snapshot;
 mod triggers;
 mod trim;
@@ -201,7 +204,7 @@ impl Store for Sqlite {
         from: ListPosition,
         limit: usize,
     ) -> Result<ChangePage, LogError> {
-        limited(async { log::list(&self.live().await?.pool, user, from, limit).await }).await
+        limited(async { list::changes(&self.live().await?.pool, user, from, limit).await }).await
     }
 
     async fn trim(&self, retain: Duration) -> Result<Trimmed, StoreError> {
