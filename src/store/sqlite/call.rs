@@ -58,7 +58,7 @@ impl<'a> Batch<'a> {
         let mut batch = Self {
             users,
             facts,
-            known: Known::default(),
+            known: Known { has_username: users.has_username, ..Known::default() },
             head: rows::anchor(first, 0)?,
             commit: None,
             last_row: first.try_get(2)?,
@@ -107,7 +107,6 @@ impl<'a> Batch<'a> {
             return Ok(Ok(written));
         }
         self.open_commit().await?;
-        sqlx::query("savepoint one_call").execute(&mut *self.connection).await?;
         match self.steps(call, &steps).await? {
             Ok(logged) => {
                 let first_row = logged.first().map_or(0, |change| change.row);
@@ -179,9 +178,14 @@ impl<'a> Batch<'a> {
 
     /// Runs the steps and answers what they logged, or why the bot's own tables refuse them.
     async fn steps(&mut self, call: &Call, steps: &[Step]) -> Result<Result<Vec<LoggedChange>, String>, Failed> {
-        for step in steps {
-            let Some((sql, query)) = self.statement(step) else { continue };
-            let done = query.fetch_all(&mut *self.connection).await;
+        for (index, step) in steps.iter().enumerate() {
+            let sql = self.statement(step);
+            // In one go with the first step: each trip to the connection's thread costs as much as a statement.
+            let done = match index {
+                0 => bound(sqlx::query(AssertSqlSafe(format!("savepoint one_call; {sql}"))), step),
+                _ => bound(sqlx::query(sql), step),
+            };
+            let done = done.fetch_all(&mut *self.connection).await;
             match done {
                 Ok(rows) if rows.is_empty() => return Ok(Err(format!("a trigger of the table swallowed: {sql}"))),
                 Ok(_) => {}
@@ -200,9 +204,9 @@ impl<'a> Batch<'a> {
     }
 
     /// Each answers a row where it did something.
-    fn statement<'q>(&self, step: &'q Step) -> Option<(&'static str, Query<'q, Sqlite, SqliteArguments>)> {
+    fn statement(&self, step: &Step) -> &'static str {
         let named = self.users.has_username;
-        let sql = match step {
+        match step {
             Step::Insert { username: Some(_), .. } if named => {
                 "insert into users (user_id, role, username) values (?1, ?2, ?3) returning 1"
             }
@@ -211,8 +215,7 @@ impl<'a> Batch<'a> {
                 "update users set role = ?2, username = ?3 where user_id = ?1 returning 1"
             }
             Step::SetRole { .. } => "update users set role = ?2 where user_id = ?1 returning 1",
-            Step::SetUsername { .. } if named => "update users set username = ?2 where user_id = ?1 returning 1",
-            Step::SetUsername { .. } => return None,
+            Step::SetUsername { .. } => "update users set username = ?2 where user_id = ?1 returning 1",
             Step::LogAgain { .. } => {
                 "insert into rolecache_changes (commit_id, user_id, old_role, new_role, username)
                  values ((select max(id) from rolecache_commits), ?1, ?2, ?2, ?3) returning 1"
@@ -220,20 +223,7 @@ impl<'a> Batch<'a> {
             Step::Delete { .. } => "delete from users where user_id = ?1 returning 1",
             Step::InsertMailbox { .. } => "insert into mailboxes (id, creator_id) values (?1, ?2) returning 1",
             Step::SetCreator { .. } => "update mailboxes set creator_id = ?2 where id = ?1 returning 1",
-        };
-        let query = sqlx::query(sql);
-        let query = match step {
-            Step::Insert { user, role, username }
-            | Step::SetRole { user, role, username }
-            | Step::LogAgain { user, role, username } => {
-                query.bind(user.0).bind(role.as_str()).bind(username.as_deref())
-            }
-            Step::SetUsername { user, username } => query.bind(user.0).bind(&**username),
-            Step::Delete { user } => query.bind(user.0),
-            Step::InsertMailbox { mailbox: MailboxId(mailbox), creator }
-            | Step::SetCreator { mailbox: MailboxId(mailbox), creator } => query.bind(*mailbox).bind(creator.0),
-        };
-        Some((sql, query))
+        }
     }
 
     /// Says who and why in the rows that the triggers wrote since the last call.
@@ -278,6 +268,18 @@ impl<'a> Batch<'a> {
             Some((commit, at)) if self.size > 0 => Written { revision: commit.revision, at, changes },
             _ => Written { revision: self.head.revision, at: now(), changes },
         }
+    }
+}
+
+fn bound<'q>(query: Query<'q, Sqlite, SqliteArguments>, step: &'q Step) -> Query<'q, Sqlite, SqliteArguments> {
+    match step {
+        Step::Insert { user, role, username }
+        | Step::SetRole { user, role, username }
+        | Step::LogAgain { user, role, username } => query.bind(user.0).bind(role.as_str()).bind(username.as_deref()),
+        Step::SetUsername { user, username } => query.bind(user.0).bind(&**username),
+        Step::Delete { user } => query.bind(user.0),
+        Step::InsertMailbox { mailbox: MailboxId(mailbox), creator }
+        | Step::SetCreator { mailbox: MailboxId(mailbox), creator } => query.bind(*mailbox).bind(creator.0),
     }
 }
 
