@@ -1,8 +1,9 @@
 //! The stores as the suite needs them: a fresh database, and another program that writes to it.
 
 use std::{
+    io::Write,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::Arc,
 };
 
@@ -95,6 +96,22 @@ impl SqliteFile {
     }
 }
 
+impl SqliteFile {
+    /// Runs a script of which statements may fail.
+    pub fn run_script(&self, script: &str) {
+        let mut shell = Command::new("sqlite3")
+            .args(["-batch", "-cmd", ".timeout 20000"])
+            .arg(self.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        shell.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+        shell.wait().unwrap();
+    }
+}
+
 impl Fixture for SqliteFile {
     const COMMIT_PER_ROW: bool = true;
 
@@ -162,7 +179,7 @@ impl Fixture for SqliteFile {
     fn rewrite_role(&self, from: &str, to: &str) {
         for kind in ["insert", "update"] {
             self.sql(&format!(
-                "create trigger rewrite_{kind} after {kind} on users when new.role = '{from}'
+                "create trigger rewrite_{from}_{kind} after {kind} on users when new.role = '{from}'
                  begin update users set role = '{to}' where user_id = new.user_id; end"
             ));
         }

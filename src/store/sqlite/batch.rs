@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{ConnectOptions, Connection, SqliteConnection};
+use sqlx::{Connection, SqliteConnection};
 use tokio::time::timeout;
 
 use super::{
@@ -67,10 +67,10 @@ async fn attempt(live: &Live, facts: &Facts, calls: &[Call]) -> Result<Vec<Answe
     let done = timeout(LIMIT, run(live, facts, calls, &sent)).await;
     let error = match done {
         Ok(Ok(())) => return Ok(take(&sent).map(|sent| sent.answers).unwrap_or_default()),
-        Ok(Err(failed)) if take_if_unsent(&sent) => return Err(failed),
+        Ok(Err(failed)) if is_unsent(&sent) => return Err(failed),
         Ok(Err(Failed::Guilty(cause))) => return Err(Failed::Guilty(cause)),
         Ok(Err(Failed::All(error))) => cause(error),
-        Err(_) if take_if_unsent(&sent) => {
+        Err(_) if is_unsent(&sent) => {
             return Err(Failed::All(WriteError::Unreachable(words(format!("no answer within {} s", LIMIT.as_secs())))));
         }
         Err(_) => words(format!("COMMIT was not confirmed within {} s", LIMIT.as_secs())),
@@ -85,7 +85,7 @@ fn take(sent: &Mutex<Option<Sent>>) -> Option<Sent> {
     sent.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-fn take_if_unsent(sent: &Mutex<Option<Sent>>) -> bool {
+fn is_unsent(sent: &Mutex<Option<Sent>>) -> bool {
     sent.lock().unwrap_or_else(PoisonError::into_inner).is_none()
 }
 
@@ -93,7 +93,7 @@ async fn run(live: &Live, facts: &Facts, calls: &[Call], sent: &Mutex<Option<Sen
     let mut slot = live.writer.lock().await;
     let mut connection = match slot.take() {
         Some(connection) => connection,
-        None => live.writes.connect().await.map_err(Failed::from)?,
+        None => live.connect_writer(None).await.map_err(Failed::from)?,
     };
     match transaction(&mut connection, live, facts, calls, sent).await {
         Ok(()) => {
@@ -152,7 +152,7 @@ async fn find_out(live: &Live, sent: Sent, error: Cause) -> Result<Vec<Answer>, 
     let unknown = || Failed::All(WriteError::OutcomeUnknown(error.clone()));
     let Some(commit) = sent.commit else { return Err(unknown()) };
     let look = async {
-        let mut connection = live.writes.clone().busy_timeout(FIND_OUT_BUSY).connect().await?;
+        let mut connection = live.connect_writer(Some(FIND_OUT_BUSY)).await?;
         sqlx::query("begin immediate").execute(&mut connection).await?;
         let is_there: bool =
             sqlx::query_scalar("select exists (select 1 from rolecache_commits where id = ?1 and tag = ?2)")

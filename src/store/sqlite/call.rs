@@ -5,11 +5,7 @@
 
 use std::time::SystemTime;
 
-use sqlx::{
-    AssertSqlSafe, Row, Sqlite, SqliteConnection,
-    query::Query,
-    sqlite::{SqliteArguments, SqliteRow},
-};
+use sqlx::{AssertSqlSafe, Row, Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use super::{
     adopt::Users,
@@ -21,13 +17,13 @@ use super::{
     users,
 };
 use crate::{
-    role::{Anchor, Change, MailboxId, Revision, UserId},
-    store::{Call, Facts, Op, Refusal, RequestId, StoreError, WriteError, Written},
+    role::{Anchor, Change, MailboxId, UserId},
+    store::{Call, Facts, Op, Refusal, StoreError, WriteError, Written},
 };
 
 /// A batch whose transaction is open.
 pub(super) struct Batch<'a> {
-    connection: &'a mut SqliteConnection,
+    pub(super) connection: &'a mut SqliteConnection,
     users: &'a Users,
     facts: &'a Facts,
     known: Known,
@@ -38,17 +34,7 @@ pub(super) struct Batch<'a> {
     last_row: i64,
     size: u64,
     /// Whether anything at all was written, logged or not.
-    wrote: bool,
-}
-
-/// An answer that was given before.
-struct Before {
-    hash: Vec<u8>,
-    revision: Revision,
-    at: SystemTime,
-    first_row: i64,
-    first_index: i64,
-    size: i64,
+    pub(super) wrote: bool,
 }
 
 impl<'a> Batch<'a> {
@@ -72,7 +58,7 @@ impl<'a> Batch<'a> {
         let mut batch = Self {
             users,
             facts,
-            known: Known::default(),
+            known: Known { has_username: users.has_username, ..Known::default() },
             head: rows::anchor(first, 0)?,
             commit: None,
             last_row: first.try_get(2)?,
@@ -121,7 +107,6 @@ impl<'a> Batch<'a> {
             return Ok(Ok(written));
         }
         self.open_commit().await?;
-        sqlx::query("savepoint one_call").execute(&mut *self.connection).await?;
         match self.steps(call, &steps).await? {
             Ok(logged) => {
                 let first_row = logged.first().map_or(0, |change| change.row);
@@ -132,7 +117,7 @@ impl<'a> Batch<'a> {
                     changes.push(Change { index: self.size, ..change });
                     self.size += 1;
                 }
-                if let Some(Op::Transfer { mailbox: Some(mailbox), to, .. }) = Some(&call.op) {
+                if let Op::Transfer { mailbox: Some(mailbox), to, .. } = &call.op {
                     self.known.mailboxes.insert(*mailbox, *to);
                 }
                 self.wrote = true;
@@ -193,9 +178,14 @@ impl<'a> Batch<'a> {
 
     /// Runs the steps and answers what they logged, or why the bot's own tables refuse them.
     async fn steps(&mut self, call: &Call, steps: &[Step]) -> Result<Result<Vec<LoggedChange>, String>, Failed> {
-        for step in steps {
-            let Some((sql, query)) = self.statement(step) else { continue };
-            let done = query.fetch_all(&mut *self.connection).await;
+        for (index, step) in steps.iter().enumerate() {
+            let sql = self.statement(step);
+            // In one go with the first step: each trip to the connection's thread costs as much as a statement.
+            let done = match index {
+                0 => bound(sqlx::query(AssertSqlSafe(format!("savepoint one_call; {sql}"))), step),
+                _ => bound(sqlx::query(sql), step),
+            };
+            let done = done.fetch_all(&mut *self.connection).await;
             match done {
                 Ok(rows) if rows.is_empty() => return Ok(Err(format!("a trigger of the table swallowed: {sql}"))),
                 Ok(_) => {}
@@ -214,9 +204,9 @@ impl<'a> Batch<'a> {
     }
 
     /// Each answers a row where it did something.
-    fn statement<'q>(&self, step: &'q Step) -> Option<(&'static str, Query<'q, Sqlite, SqliteArguments>)> {
+    fn statement(&self, step: &Step) -> &'static str {
         let named = self.users.has_username;
-        let sql = match step {
+        match step {
             Step::Insert { username: Some(_), .. } if named => {
                 "insert into users (user_id, role, username) values (?1, ?2, ?3) returning 1"
             }
@@ -225,8 +215,7 @@ impl<'a> Batch<'a> {
                 "update users set role = ?2, username = ?3 where user_id = ?1 returning 1"
             }
             Step::SetRole { .. } => "update users set role = ?2 where user_id = ?1 returning 1",
-            Step::SetUsername { .. } if named => "update users set username = ?2 where user_id = ?1 returning 1",
-            Step::SetUsername { .. } => return None,
+            Step::SetUsername { .. } => "update users set username = ?2 where user_id = ?1 returning 1",
             Step::LogAgain { .. } => {
                 "insert into rolecache_changes (commit_id, user_id, old_role, new_role, username)
                  values ((select max(id) from rolecache_commits), ?1, ?2, ?2, ?3) returning 1"
@@ -234,20 +223,7 @@ impl<'a> Batch<'a> {
             Step::Delete { .. } => "delete from users where user_id = ?1 returning 1",
             Step::InsertMailbox { .. } => "insert into mailboxes (id, creator_id) values (?1, ?2) returning 1",
             Step::SetCreator { .. } => "update mailboxes set creator_id = ?2 where id = ?1 returning 1",
-        };
-        let query = sqlx::query(sql);
-        let query = match step {
-            Step::Insert { user, role, username }
-            | Step::SetRole { user, role, username }
-            | Step::LogAgain { user, role, username } => {
-                query.bind(user.0).bind(role.as_str()).bind(username.as_deref())
-            }
-            Step::SetUsername { user, username } => query.bind(user.0).bind(&**username),
-            Step::Delete { user } => query.bind(user.0),
-            Step::InsertMailbox { mailbox: MailboxId(mailbox), creator }
-            | Step::SetCreator { mailbox: MailboxId(mailbox), creator } => query.bind(*mailbox).bind(creator.0),
-        };
-        Some((sql, query))
+        }
     }
 
     /// Says who and why in the rows that the triggers wrote since the last call.
@@ -293,70 +269,17 @@ impl<'a> Batch<'a> {
             _ => Written { revision: self.head.revision, at: now(), changes },
         }
     }
+}
 
-    async fn answered_before(&mut self, call: &Call, request: &RequestId) -> Result<Option<Before>, StoreError> {
-        let found = sqlx::query(
-            "select hash, revision, answered_at, first_seq, first_index, size from rolecache_requests
-             where actor = ?1 and request_id = ?2",
-        )
-        .bind(&*call.actor)
-        .bind(&*request.id)
-        .fetch_optional(&mut *self.connection)
-        .await?;
-        let before = |row: SqliteRow| {
-            Ok(Before {
-                hash: row.try_get(0)?,
-                revision: Revision(row.try_get(1)?),
-                at: rows::time(&row, 2)?,
-                first_row: row.try_get(3)?,
-                first_index: row.try_get(4)?,
-                size: row.try_get(5)?,
-            })
-        };
-        found.map(before).transpose()
-    }
-
-    async fn repeat(&mut self, before: &Before) -> Result<Written, StoreError> {
-        let sql = format!(
-            "select {CHANGE_COLUMNS} from rolecache_changes
-             where seq >= ?1 and commit_id = ?2 order by seq limit ?3"
-        );
-        let found = sqlx::query(AssertSqlSafe(sql))
-            .bind(before.first_row)
-            .bind(before.revision.0)
-            .bind(before.size)
-            .fetch_all(&mut *self.connection)
-            .await?;
-        let change = |(index, row): (u64, &SqliteRow)| Ok(Change { index, ..rows::change(row, 0)?.change });
-        let changes =
-            (before.first_index.unsigned_abs()..).zip(&found).map(change).collect::<Result<_, StoreError>>()?;
-        Ok(Written { revision: before.revision, at: before.at, changes })
-    }
-
-    async fn keep(
-        &mut self,
-        call: &Call,
-        request: &RequestId,
-        written: &Written,
-        first_row: i64,
-    ) -> Result<(), StoreError> {
-        let at = written.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
-        sqlx::query(
-            "insert into rolecache_requests (actor, request_id, hash, revision, answered_at, first_seq, first_index, size)
-             values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-        )
-        .bind(&*call.actor)
-        .bind(&*request.id)
-        .bind(&request.hash[..])
-        .bind(written.revision.0)
-        .bind(at as i64)
-        .bind(first_row)
-        .bind(written.changes.first().map_or(0, |change| change.index as i64))
-        .bind(written.changes.len() as i64)
-        .execute(&mut *self.connection)
-        .await?;
-        self.wrote = true;
-        Ok(())
+fn bound<'q>(query: Query<'q, Sqlite, SqliteArguments>, step: &'q Step) -> Query<'q, Sqlite, SqliteArguments> {
+    match step {
+        Step::Insert { user, role, username }
+        | Step::SetRole { user, role, username }
+        | Step::LogAgain { user, role, username } => query.bind(user.0).bind(role.as_str()).bind(username.as_deref()),
+        Step::SetUsername { user, username } => query.bind(user.0).bind(&**username),
+        Step::Delete { user } => query.bind(user.0),
+        Step::InsertMailbox { mailbox: MailboxId(mailbox), creator }
+        | Step::SetCreator { mailbox: MailboxId(mailbox), creator } => query.bind(*mailbox).bind(creator.0),
     }
 }
 

@@ -19,8 +19,19 @@ impl Identity {
         Ok(Self { file: number(path)?, wal: number(&beside(path, "-wal")).ok() })
     }
 
-    pub(super) fn is_still(&self, path: &Path) -> io::Result<bool> {
-        Ok(number(path)? == self.file)
+    pub(super) fn is_file_of(&self, other: &Self) -> bool {
+        self.file == other.file
+    }
+
+    /// Asked of every new connection before it reads: one that opened a file which took our name, and the write-ahead log of
+    /// ours, which stands there still, would play the one into the other.
+    pub(super) async fn must_be_at(self, path: &Path) -> Result<(), sqlx::Error> {
+        let path = path.to_owned();
+        let now = tokio::task::spawn_blocking(move || Self::of(&path)).await.map_err(io::Error::other)??;
+        match now.is_file_of(&self) {
+            true => Ok(()),
+            false => Err(sqlx::Error::Io(io::Error::other("the database file was replaced"))),
+        }
     }
 
     /// Removes the write-ahead log of a file that is no longer at `path`: SQLite would play it into the one that is now.

@@ -9,12 +9,15 @@ mod call;
 mod check;
 mod error;
 mod file;
+mod list;
 
 mod lock;
 mod log;
 mod open;
 mod plan;
+mod requests;
 mod rows;
+mod schema;
 mod snapshot;
 mod triggers;
 mod trim;
@@ -28,7 +31,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use sqlx::{SqliteConnection, SqlitePool, sqlite::SqliteConnectOptions};
+use sqlx::{ConnectOptions, SqliteConnection, SqlitePool, sqlite::SqliteConnectOptions};
 use tokio::time::timeout;
 
 pub use self::open::open;
@@ -66,12 +69,14 @@ struct Current {
 
 /// The connections to one file.
 struct Live {
+    path: PathBuf,
     pool: SqlitePool,
     readers: SqliteConnectOptions,
     /// None before the first write and after any doubt.
     writer: tokio::sync::Mutex<Option<SqliteConnection>>,
     writes: SqliteConnectOptions,
-    identity: file::Identity,
+    /// As of the last look. Never held across an await.
+    identity: Mutex<file::Identity>,
     users: Users,
 }
 
@@ -106,14 +111,15 @@ impl Sqlite {
             return Ok(live);
         }
         let live = self.current.lock().unwrap_or_else(PoisonError::into_inner).live.clone();
-        let (path, identity) = (self.path.clone(), live.identity);
-        let looked = tokio::task::spawn_blocking(move || identity.is_still(&path)).await;
+        let path = self.path.clone();
+        let looked = tokio::task::spawn_blocking(move || file::Identity::of(&path)).await;
         match looked.map_err(|error| StoreError::Broken(error::cause(error)))? {
-            Ok(true) => {
+            Ok(now) if now.is_file_of(&live.identity()) => {
+                *live.identity.lock().unwrap_or_else(PoisonError::into_inner) = now;
                 self.current.lock().unwrap_or_else(PoisonError::into_inner).looked = asked;
                 Ok(live)
             }
-            Ok(false) => self.reopen(live).await,
+            Ok(_) => self.reopen(live).await,
             Err(error) => Err(unreachable(format!("{}: {error}", self.path.display()))),
         }
     }
@@ -127,7 +133,7 @@ impl Sqlite {
     async fn reopen(&self, old: Arc<Live>) -> Result<Arc<Live>, StoreError> {
         tracing::warn!(file = %self.path.display(), "the database file was replaced; opening the new one");
         old.close().await;
-        old.identity.remove_old_wal(&self.path);
+        old.identity().remove_old_wal(&self.path);
         let (live, facts) = open::establish(&self.path, &self.options)
             .await
             .map_err(|error| StoreError::Unreachable(error::cause(error)))?;
@@ -198,7 +204,7 @@ impl Store for Sqlite {
         from: ListPosition,
         limit: usize,
     ) -> Result<ChangePage, LogError> {
-        limited(async { log::list(&self.live().await?.pool, user, from, limit).await }).await
+        limited(async { list::changes(&self.live().await?.pool, user, from, limit).await }).await
     }
 
     async fn trim(&self, retain: Duration) -> Result<Trimmed, StoreError> {
@@ -231,6 +237,29 @@ impl Store for Sqlite {
 // === impl Live ===
 
 impl Live {
+    /// A connection of its own for reading.
+    async fn connect_reader(&self) -> Result<SqliteConnection, sqlx::Error> {
+        let connection = self.readers.connect().await?;
+        self.identity().must_be_at(&self.path).await?;
+        Ok(connection)
+    }
+
+    async fn connect_writer(&self, busy: Option<Duration>) -> Result<SqliteConnection, sqlx::Error> {
+        let options = match busy {
+            Some(busy) => self.writes.clone().busy_timeout(busy),
+            None => self.writes.clone(),
+        };
+        let mut connection = options.connect().await?;
+        self.identity().must_be_at(&self.path).await?;
+        // Not among the options: unlike those it reads the file.
+        sqlx::raw_sql("pragma synchronous = full").execute(&mut connection).await?;
+        Ok(connection)
+    }
+
+    fn identity(&self) -> file::Identity {
+        *self.identity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn close(&self) {
         // A stuck statement must not keep us: the process ends, or the file is not ours any more.
         let closed = timeout(LOOK_EVERY, async {

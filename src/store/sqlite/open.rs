@@ -10,11 +10,10 @@ use std::{
 };
 
 use sqlx::{
-    ConnectOptions, Connection, Row, SqliteConnection,
-    migrate::{MigrateError, Migrator},
-    sqlite::{SqliteConnectOptions, SqlitePoolOptions, SqliteSynchronous},
+    ConnectOptions, Connection, SqliteConnection,
+    migrate::MigrateError,
+    sqlite::{SqliteConnectOptions, SqlitePoolOptions},
 };
-use uuid::Uuid;
 
 use super::{
     Live, Sqlite,
@@ -22,12 +21,9 @@ use super::{
     error::{cause, code, code_of, words},
     file,
     lock::{Lock, LockError},
-    triggers,
+    schema, triggers,
 };
-use crate::{
-    role::RoleName,
-    store::{Facts, OpenError, Options, Store, StoreKind},
-};
+use crate::store::{Facts, OpenError, Options, Store, StoreKind};
 
 /// Long enough to wait out any write of a program that behaves.
 const SETUP_BUSY: Duration = Duration::from_secs(5);
@@ -75,23 +71,27 @@ pub(super) async fn establish(path: &Path, options: &Options) -> Result<(Live, F
     let (users, facts) = set_up?;
     closed.map_err(explain)?;
 
+    let identity = file::Identity::of(path).map_err(|error| OpenError::Unreachable(cause(error)))?;
     let readers = base(path).busy_timeout(READ_BUSY).pragma("query_only", "on");
+    let same = (path.to_owned(), identity);
     let pool = SqlitePoolOptions::new()
         .max_connections(READERS)
         .acquire_timeout(ACQUIRE)
         .test_before_acquire(false)
         .idle_timeout(None)
         .max_lifetime(None)
+        .after_connect(move |_, _| {
+            let (path, identity) = same.clone();
+            Box::pin(async move { identity.must_be_at(&path).await })
+        })
         .connect_lazy_with(readers.clone());
-    // Opened before the file is looked at, and kept: as long as it stands the -wal file is this one.
-    drop(pool.acquire().await.map_err(explain)?);
-    let identity = file::Identity::of(path).map_err(|error| OpenError::Unreachable(cause(error)))?;
     let live = Live {
+        path: path.to_owned(),
         pool,
         readers,
         writer: tokio::sync::Mutex::new(None),
-        writes: base(path).busy_timeout(WRITE_BUSY).synchronous(SqliteSynchronous::Full),
-        identity,
+        writes: base(path).busy_timeout(WRITE_BUSY),
+        identity: std::sync::Mutex::new(identity),
         users,
     };
     Ok((live, facts))
@@ -107,7 +107,7 @@ async fn set_up(
     options: &Options,
 ) -> Result<(Users, Facts), OpenError> {
     let explain = |error: sqlx::Error| sql_error(path, error);
-    let pending = pending_migrations(connection, path).await?;
+    let pending = schema::pending_migrations(connection, path).await?;
     if pending > 0 && !options.migrate {
         let path = path.display();
         return refuse(format!(
@@ -115,21 +115,27 @@ async fn set_up(
         ));
     }
     let found = Found::look(connection).await.map_err(|error| adopt_error(path, error))?;
-    let known = settings(connection).await.map_err(explain)?;
+    let known = schema::settings(connection).await.map_err(explain)?;
     if let Some((_, default, admin)) = &known {
-        refuse_settings(path, options, default, admin)?;
+        schema::refuse_settings(path, options, default, admin)?;
+    }
+    let sql = if options.migrate { "pragma journal_mode = wal" } else { "pragma journal_mode" };
+    let mode: String = sqlx::query_scalar(sql).fetch_one(&mut *connection).await.map_err(explain)?;
+    if !mode.eq_ignore_ascii_case("wal") {
+        let path = path.display();
+        return refuse(format!(
+            "{path} is in journal mode {mode} and not in WAL mode, which network file systems cannot have"
+        ));
     }
     if options.migrate {
-        let mode: String =
-            sqlx::query_scalar("pragma journal_mode = wal").fetch_one(&mut *connection).await.map_err(explain)?;
-        if !mode.eq_ignore_ascii_case("wal") {
-            return refuse(format!("{} cannot be kept in WAL mode: is it on a network file system?", path.display()));
-        }
-        migrator().run_direct(None, &mut *connection, false).await.map_err(|error| migrate_error(path, error))?;
+        schema::migrator()
+            .run_direct(None, &mut *connection, false)
+            .await
+            .map_err(|error| migrate_error(path, error))?;
     }
     let (store_id, ..) = match known {
         Some(known) => known,
-        None => make_settings(connection, options).await.map_err(explain)?,
+        None => schema::make_settings(connection, options).await.map_err(explain)?,
     };
     let now = Found::look(connection).await.map_err(|error| adopt_error(path, error))?;
     let Some(users) = now.users.clone() else {
@@ -204,99 +210,11 @@ fn refuse_contents(path: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn refuse_settings(path: &Path, options: &Options, default: &str, admin: &str) -> Result<(), OpenError> {
-    for (what, flag, stored, given) in [
-        ("default", "--default-role", default, &options.default_role),
-        ("admin", "--admin-role", admin, &options.admin_role),
-    ] {
-        if stored != given.as_str() {
-            let path = path.display();
-            return refuse(format!(
-                "the log in {path} is written with the {what} role {stored}, and {flag} is {given}"
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!("migrations/sqlite");
-    migrator.dangerous_set_table_name("rolecache_migrations");
-    migrator
-}
-
-/// How many of ours are not applied yet. Refuses a schema that this program does not know.
-async fn pending_migrations(connection: &mut SqliteConnection, path: &Path) -> Result<usize, OpenError> {
-    let explain = |error: sqlx::Error| sql_error(path, error);
-    let ours = migrator();
-    if !has_table(connection, "rolecache_migrations").await.map_err(explain)? {
-        return Ok(ours.iter().count());
-    }
-    let applied = sqlx::query("select version, checksum from rolecache_migrations order by version")
-        .fetch_all(connection)
-        .await
-        .map_err(explain)?;
-    let newest = ours.iter().map(|migration| migration.version).max().unwrap_or(0);
-    for row in &applied {
-        let version: i64 = row.try_get(0).map_err(explain)?;
-        let checksum: Vec<u8> = row.try_get(1).map_err(explain)?;
-        let Some(known) = ours.iter().find(|migration| migration.version == version) else {
-            return refuse(format!(
-                "the schema in {} is at version {version}, and this program knows versions up to {newest}: use a newer one",
-                path.display()
-            ));
-        };
-        if *known.checksum != *checksum {
-            return refuse(format!(
-                "version {version} of the schema in {} is not the one that this program knows",
-                path.display()
-            ));
-        }
-    }
-    Ok(ours.iter().count() - applied.len())
-}
-
-async fn has_table(connection: &mut SqliteConnection, name: &str) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("select exists (select 1 from sqlite_schema where type = 'table' and name = ?1)")
-        .bind(name)
-        .fetch_one(connection)
-        .await
-}
-
-/// The store's id, default role and admin role, once they are settled.
-async fn settings(connection: &mut SqliteConnection) -> Result<Option<(Uuid, String, String)>, sqlx::Error> {
-    if !has_table(connection, "rolecache_feed").await? {
-        return Ok(None);
-    }
-    let row =
-        sqlx::query("select store_id, default_role, admin_role from rolecache_feed").fetch_optional(connection).await?;
-    row.map(|row| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))).transpose()
-}
-
-async fn make_settings(
-    connection: &mut SqliteConnection,
-    options: &Options,
-) -> Result<(Uuid, String, String), sqlx::Error> {
-    let store_id = Uuid::new_v4();
-    let role = |role: &RoleName| role.as_str().to_owned();
-    let (default, admin) = (role(&options.default_role), role(&options.admin_role));
-    sqlx::query(
-        "insert into rolecache_feed (one, store_id, default_role, admin_role, trimmed_tag)
-         values (1, ?1, ?2, ?3, randomblob(16))",
-    )
-    .bind(store_id)
-    .bind(&default)
-    .bind(&admin)
-    .execute(connection)
-    .await?;
-    Ok((store_id, default, admin))
-}
-
-fn refuse<T>(sentence: String) -> Result<T, OpenError> {
+pub(super) fn refuse<T>(sentence: String) -> Result<T, OpenError> {
     Err(OpenError::Refused(sentence))
 }
 
-fn sql_error(path: &Path, error: sqlx::Error) -> OpenError {
+pub(super) fn sql_error(path: &Path, error: sqlx::Error) -> OpenError {
     let path = path.display();
     match code_of(&error) {
         Some(code::NOTADB | code::CORRUPT) => {

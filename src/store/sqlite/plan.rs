@@ -10,6 +10,8 @@ use crate::{
 /// What the store holds under the write lock, kept up to date as the batch goes on.
 #[derive(Debug, Default)]
 pub(super) struct Known {
+    /// Without the column a username has no place but the log.
+    pub(super) has_username: bool,
     pub(super) users: HashMap<UserId, KnownUser>,
     pub(super) mailboxes: HashMap<MailboxId, UserId>,
 }
@@ -133,7 +135,7 @@ impl Known {
         let Some(known) = self.users.get(&user) else {
             return vec![Step::Insert { user, role: role.clone(), username: username.map(Into::into) }];
         };
-        let new_name = username.filter(|new| known.username.as_deref() != Some(new));
+        let new_name = username.filter(|new| self.has_username && known.username.as_deref() != Some(new));
         if known.role != *role {
             return vec![Step::SetRole { user, role: role.clone(), username: new_name.map(Into::into) }];
         }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use async_trait::async_trait;
-use sqlx::{AssertSqlSafe, ConnectOptions, SqliteConnection};
+use sqlx::{AssertSqlSafe, SqliteConnection};
 use tokio::time::timeout;
 
 use super::{Live, error::unreachable, rows, triggers, users};
@@ -23,7 +23,7 @@ struct Reading {
 }
 
 pub(super) async fn open(live: &Live) -> Result<Box<dyn Snapshot>, StoreError> {
-    let mut connection = live.readers.connect().await?;
+    let mut connection = live.connect_reader().await?;
     sqlx::raw_sql("begin").execute(&mut connection).await?;
     // The transaction sees the moment of its first read, which is this one.
     let row = sqlx::query("select revision, tag from rolecache_head").fetch_one(&mut connection).await?;

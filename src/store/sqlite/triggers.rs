@@ -37,7 +37,8 @@ pub(super) fn wanted(users: &Users) -> Vec<Trigger> {
             "rolecache_before_insert",
             "before insert on users",
             &[
-                "delete from rolecache_replaced where for_user in (new.user_id, -1)".to_owned(),
+                "delete from rolecache_replaced where for_user = new.user_id".to_owned(),
+                "delete from rolecache_replaced where for_user = -1".to_owned(),
                 format!(
                     "insert into rolecache_replaced (for_user, user_id, role, username)\n  \
                      select new.user_id, u.user_id, u.role, {u_name} from users u\n  \
@@ -53,21 +54,22 @@ pub(super) fn wanted(users: &Users) -> Vec<Trigger> {
                 // A row that gets its key by itself is about user -1 before it is inserted.
                 format!(
                     "{change}, r.user_id, {r_role}, null, max(r.username)\n  from rolecache_replaced r\n  \
-                     where r.for_user in (new.user_id, -1) and r.user_id is not new.user_id and {}\n  group by r.user_id",
+                     where (r.for_user = new.user_id or r.for_user = -1) and r.user_id is not new.user_id and {}\n  group by r.user_id",
                     gone("r.user_id")
                 ),
                 {
                     let old = format!(
                         "(select {r_role} from rolecache_replaced r\n    \
-                         where r.for_user in (new.user_id, -1) and r.user_id = new.user_id limit 1)"
+                         where (r.for_user = new.user_id or r.for_user = -1) and r.user_id = new.user_id limit 1)"
                     );
                     format!(
                         "{change}, u.user_id,\n    {old},\n    {u_role}, {u_name}\n  from users u\n  \
                          where u.user_id = new.user_id and typeof(u.user_id) = 'integer'\n    and {old} is not {u_role}"
                     )
                 },
-                forget_gone("r.for_user in (new.user_id, -1)"),
-                "delete from rolecache_replaced where for_user in (new.user_id, -1)".to_owned(),
+                forget_gone("(r.for_user = new.user_id or r.for_user = -1)"),
+                "delete from rolecache_replaced where for_user = new.user_id".to_owned(),
+                "delete from rolecache_replaced where for_user = -1".to_owned(),
                 size_commit(),
                 drop_empty_commit(),
             ],
@@ -167,10 +169,11 @@ fn drop_empty_commit() -> String {
         .to_owned()
 }
 
-/// Who was logged as gone is nobody's candidate any more.
+/// Who was logged as gone is nobody's candidate any more. Asks first whether there is anything to do at all: the list of
+/// an IN costs more than the rest of the trigger.
 fn forget_gone(frame: &str) -> String {
     format!(
-        "delete from rolecache_replaced where user_id in (\n    select r.user_id from rolecache_replaced r\n    \
+        "delete from rolecache_replaced\n  where exists (select 1 from rolecache_replaced r where {frame}) and user_id in (\n    select r.user_id from rolecache_replaced r\n    \
          where {frame} and not exists (select 1 from users u where u.user_id = r.user_id))"
     )
 }

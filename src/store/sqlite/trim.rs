@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use sqlx::{ConnectOptions, Connection, Row};
+use sqlx::{Connection, Row};
 
 use super::{Live, error::is_busy, rows};
 use crate::{
@@ -36,7 +36,7 @@ pub(super) async fn trim(live: &Live, retain: Duration) -> Result<Trimmed, Store
     // Out of the slot as long as its transaction is open: dropped in between, it closes, which rolls back.
     let mut writer = match slot.take() {
         Some(writer) => writer,
-        None => live.writes.connect().await?,
+        None => live.connect_writer(None).await?,
     };
     let mut transaction = match writer.begin_with("begin immediate").await {
         Ok(transaction) => transaction,

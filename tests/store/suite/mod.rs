@@ -38,7 +38,7 @@ macro_rules! for_store {
                     a_username_is_kept_without_a_commit, one_bad_call_fails_alone, a_batch_shares_one_revision,
                     a_request_id_gets_its_first_answer, a_reused_request_id_is_refused, only_successes_are_remembered,
                     transfers_hand_over, transfers_are_refused, a_transfer_to_an_admin_is_logged, deletes_delete,
-                    mailboxes_are_registered_once, a_swallowed_write_is_rejected,
+                    mailboxes_are_registered_once, a_half_done_call_is_undone, a_swallowed_write_is_rejected,
                     a_call_that_breaks_the_whole_transaction_fails_alone;
             }
         }

@@ -108,18 +108,21 @@ pub async fn the_bots_own_triggers_have_the_last_word<F: Fixture>() {
     // One made before ours and one after: which of two triggers runs first is nobody's promise.
     database.rewrite_role("boss", "admin");
     let store = database.open().await;
+    database.rewrite_role("chief", "admin");
     let start = store.head().await.unwrap();
-    database.sql("insert into users (user_id, role) values (1, 'boss'), (2, 'x')");
+    database.sql("insert into users (user_id, role) values (1, 'boss'), (2, 'x'), (3, 'chief'), (4, 'x')");
     database.sql("update users set role = 'boss' where user_id = 2");
-    for user in [1, 2] {
+    database.sql("update users set role = 'chief' where user_id = 4");
+    for user in [1, 2, 3, 4] {
         assert_eq!(role_of(&store, user).await, "admin");
     }
     let mut last = std::collections::HashMap::new();
     for commit in read_from(&store, start, 100).await {
         last.extend(commit.changes.into_iter().map(|change| (change.user, change.new)));
     }
-    assert_eq!(last[&UserId(1)], Some(role("admin")));
-    assert_eq!(last[&UserId(2)], Some(role("admin")));
+    for user in [1, 2, 3, 4] {
+        assert_eq!(last[&UserId(user)], Some(role("admin")), "{user}");
+    }
 
     let refused = write(&store, set(2, "boss")).await;
     assert!(refused.is_err(), "what was written is not what the row became: {refused:?}");

@@ -268,6 +268,22 @@ pub async fn a_swallowed_write_is_rejected<F: Fixture>() {
     store.close().await;
 }
 
+pub async fn a_half_done_call_is_undone<F: Fixture>() {
+    let database = F::fresh().await;
+    let store = database.open().await;
+    store.write(&[set(1, "admin"), register(5, 1)]).await;
+    database.swallow_writes_of(1);
+    let head = store.head().await.unwrap();
+    // By the time that the giver cannot be demoted, the receiver and the mailbox are done.
+    let answers = store.write(&[transfer(1, 2, Some(5), true), set(3, "x")]).await;
+    assert!(matches!(&answers[0], Err(WriteError::Refused(Refusal::Rejected { .. }))), "{:?}", answers[0]);
+    assert_eq!(said(&answers[1].as_ref().unwrap().changes), "3: - > x");
+    assert_eq!(said_from(&store, head).await, "3: - > x");
+    assert_eq!(role_of(&store, 2).await, "user");
+    assert_eq!(store.mailbox(MailboxId(5)).await.unwrap(), Some(UserId(1)));
+    store.close().await;
+}
+
 pub async fn a_call_that_breaks_the_whole_transaction_fails_alone<F: Fixture>() {
     let database = F::fresh().await;
     // Checked at COMMIT, after every call has had its answer.
