@@ -1,5 +1,7 @@
 //! The stores as the suite needs them: a fresh database, and another program that writes to it.
 
+pub mod postgres;
+
 use std::{
     io::Write,
     path::{Path, PathBuf},

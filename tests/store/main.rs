@@ -9,4 +9,5 @@ mod suite;
 #[path = "../support/mod.rs"]
 mod support;
 
+for_store!(on_postgres, crate::fixtures::postgres::PostgresDatabase);
 for_store!(on_sqlite, crate::fixtures::SqliteFile);
