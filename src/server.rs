@@ -114,6 +114,7 @@ impl Server {
         let limit = Instant::now() + DRAIN_LIMIT;
         if timeout_at(limit, grpc.drain()).await.is_err() {
             tracing::warn!("calls that did not finish in {} s are cut off", DRAIN_LIMIT.as_secs());
+            grpc.cut();
         }
         accept.abort();
         upkeep.shutdown().await;

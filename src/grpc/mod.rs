@@ -21,7 +21,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use self::{edge::Edge, roles::RoleService, watch::Watches};
+use self::{edge::Edge, roles::RoleService, transport::Ends, watch::Watches};
 use crate::{
     cache::RoleCache,
     feed::Feed,
@@ -76,8 +76,7 @@ pub struct Grpc {
     connections: TaskTracker,
     limits: Limits,
     started: Instant,
-    /// Refuses new calls and ends watches.
-    shutdown: CancellationToken,
+    ends: Ends,
 }
 
 impl Grpc {
@@ -105,11 +104,11 @@ impl Grpc {
                 .add_service(build().build_v1().expect(unreadable))
                 .add_service(build().build_v1alpha().expect(unreadable));
         }
-        let shutdown = CancellationToken::new();
-        let edge = Edge::new(routes.prepare(), limits.calls, shutdown.clone());
+        let ends = Ends::default();
+        let edge = Edge::new(routes.prepare(), limits.calls, ends.gently.clone());
         let connections = TaskTracker::new();
-        let accept = transport::serve(listener, edge, connections.clone(), shutdown.clone());
-        let grpc = Self { core, health, connections, limits, started: Instant::now(), shutdown };
+        let accept = transport::serve(listener, edge, connections.clone(), ends.clone());
+        let grpc = Self { core, health, connections, limits, started: Instant::now(), ends };
         grpc.set_serving(false).await;
         (grpc, accept)
     }
@@ -137,7 +136,7 @@ impl Grpc {
             watches: Watches::new(self.limits.watches),
             snapshots: Semaphore::new(SNAPSHOTS),
             started: self.started,
-            shutdown: self.shutdown.clone(),
+            shutdown: self.ends.gently.clone(),
         };
         assert!(self.core.set(Arc::new(core)).is_ok(), "a server has one core");
     }
@@ -151,12 +150,17 @@ impl Grpc {
 
     /// Refuses new calls, tells watches to end, and waits for those in flight.
     pub async fn drain(&self) {
-        self.shutdown.cancel();
+        self.ends.gently.cancel();
         // Ends the health streams: they would be in flight for ever.
         let mut health = self.health.clone();
         health.clear_service_status("").await;
         health.clear_service_status(SERVICE_NAME).await;
         self.connections.close();
         self.connections.wait().await;
+    }
+
+    /// Breaks every connection that is left.
+    pub fn cut(&self) {
+        self.ends.hard.cancel();
     }
 }

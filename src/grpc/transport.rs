@@ -33,16 +33,25 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Before the next accept where the process is out of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
-/// Accepts connections until `stop`; those that are open are then asked to end, and do so with their last call.
-pub(super) async fn serve(listener: TcpListener, edge: Edge, connections: TaskTracker, stop: CancellationToken) {
+/// When connections end.
+#[derive(Clone, Default)]
+pub(super) struct Ends {
+    /// With their last call; no call is begun any more.
+    pub(super) gently: CancellationToken,
+    /// At once.
+    pub(super) hard: CancellationToken,
+}
+
+/// Accepts connections until they are to end.
+pub(super) async fn serve(listener: TcpListener, edge: Edge, connections: TaskTracker, ends: Ends) {
     loop {
         let accepted = tokio::select! {
-            () = stop.cancelled() => break,
+            () = ends.gently.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((stream, _)) => {
-                connections.spawn(connection(stream, edge.clone(), stop.clone()));
+                connections.spawn(connection(stream, edge.clone(), ends.clone()));
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -53,7 +62,7 @@ pub(super) async fn serve(listener: TcpListener, edge: Edge, connections: TaskTr
     connections.close();
 }
 
-async fn connection(stream: TcpStream, edge: Edge, stop: CancellationToken) {
+async fn connection(stream: TcpStream, edge: Edge, ends: Ends) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
@@ -74,9 +83,13 @@ async fn connection(stream: TcpStream, edge: Edge, stop: CancellationToken) {
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = &mut connection => ended,
-        () = stop.cancelled() => {
+        () = ends.hard.cancelled() => return,
+        () = ends.gently.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            tokio::select! {
+                ended = connection => ended,
+                () = ends.hard.cancelled() => return,
+            }
         }
     };
     if let Err(error) = ended {
