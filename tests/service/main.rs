@@ -19,4 +19,6 @@ macro_rules! on_both {
     };
 }
 
+mod races;
 mod reads;
+mod stats;
