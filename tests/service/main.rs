@@ -19,6 +19,8 @@ macro_rules! on_both {
     };
 }
 
+mod capacity;
+mod complete;
 mod races;
 mod reads;
 mod stats;

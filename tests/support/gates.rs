@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -52,6 +52,7 @@ pub struct Gates {
     pub locate: Gate,
     /// Fills' queries fail, as they do when the store is out of reach.
     roles_fail: Arc<AtomicBool>,
+    snapshots: Arc<AtomicUsize>,
 }
 
 pub struct GatedStore {
@@ -92,6 +93,11 @@ impl Gate {
         timeout(PATIENCE, self.arrived.acquire()).await.expect("a call should come to the gate").unwrap().forget();
     }
 
+    /// Calls that have come to the closed gate and that nobody has waited for.
+    pub fn waiting(&self) -> usize {
+        self.arrived.available_permits()
+    }
+
     async fn pass(&self) {
         let mut closed = self.closed.subscribe();
         if *closed.borrow_and_update() {
@@ -109,6 +115,10 @@ impl Gate {
 impl Gates {
     pub fn fail_roles(&self, fail: bool) {
         self.roles_fail.store(fail, Ordering::SeqCst);
+    }
+
+    pub fn snapshots_begun(&self) -> usize {
+        self.snapshots.load(Ordering::SeqCst)
     }
 
     /// For [`super::server::Setup::wrap`].
@@ -150,6 +160,7 @@ impl Store for GatedStore {
     }
 
     async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
+        self.gates.snapshots.fetch_add(1, Ordering::SeqCst);
         let inner = self.inner.snapshot().await?;
         Ok(Box::new(GatedSnapshot { inner, gate: self.gates.snapshot.clone() }))
     }
