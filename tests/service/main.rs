@@ -24,3 +24,4 @@ mod complete;
 mod races;
 mod reads;
 mod stats;
+mod writes;

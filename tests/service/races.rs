@@ -1,5 +1,7 @@
 //! Races, each staged with gates: what must not happen is held open until everything is in place for it.
 
+use std::time::Duration;
+
 use rolecache::proto::v1::{BatchGetRolesRequest, GetRoleRequest, SetRoleRequest, Source, WatchRoleChangesRequest};
 use tonic::Code;
 
@@ -85,6 +87,14 @@ async fn a_fill_that_read_ahead_of_the_cache_waits_for_it(db: Db) {
     assert!(stats.revision < revision);
     assert_eq!(stats.cache_size, 0, "an entry is ahead of the cache");
     assert!(!read.is_finished() && !other.is_finished(), "an answer is ahead of the cache");
+    // A fill waits for a second. Who comes after its end begins another one, and finds that it left nothing behind.
+    let mut late = Vec::new();
+    while server.stats().await.store_reads == 2 {
+        late.push(server.begin_get(of(7)));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(late.len() < 400, "the fill should end in time");
+    }
+    assert_eq!(server.stats().await.cache_size, 0, "an entry is ahead of the cache");
 
     gates.read_log.open();
     let answer = read.answer().await;
@@ -92,6 +102,9 @@ async fn a_fill_that_read_ahead_of_the_cache_waits_for_it(db: Db) {
     assert!(answer.revision >= revision);
     assert!(other.answer().await.revision >= revision);
     assert!(server.stats().await.revision >= revision);
+    for read in late {
+        assert_eq!(read.answer().await.role, "admin");
+    }
 }
 
 async fn a_reader_with_min_revision_does_not_join_an_older_fill(db: Db) {
