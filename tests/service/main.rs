@@ -23,5 +23,6 @@ mod capacity;
 mod complete;
 mod races;
 mod reads;
+mod staleness;
 mod stats;
 mod writes;
