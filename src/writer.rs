@@ -84,8 +84,8 @@ struct Pending {
     answer: oneshot::Sender<Result<Written, WriteFailure>>,
     /// Of the first attempt; from then on it is tried again only for so long.
     first_tried: Option<Instant>,
-    /// An attempt was sent and its answer lost, so that no later one can prove that nothing happened.
-    maybe_done: bool,
+    /// When the answer of an attempt was lost, so that no later one can prove that nothing happened.
+    in_doubt_since: Option<Instant>,
 }
 
 /// Calls in the order in which they came, out of which groups are taken.
@@ -108,7 +108,7 @@ impl Writer {
     /// waiting leaves the write to its fate.
     pub async fn write(&self, call: Call) -> Result<Written, WriteFailure> {
         let (answer, outcome) = oneshot::channel();
-        let pending = Pending { call, answer, first_tried: None, maybe_done: false };
+        let pending = Pending { call, answer, first_tried: None, in_doubt_since: None };
         self.queue.try_send(pending).map_err(|_| WriteFailure::Overloaded)?;
         // A task that ends takes the process with it; until then the outcome is what it says.
         let written = outcome.await.map_err(|_| WriteFailure::OutcomeUnknown)??;
@@ -219,7 +219,7 @@ impl Taken {
 /// Commits a group and answers its callers, those apart who are to be tried again.
 async fn commit(store: &dyn Store, step: &Step, mut group: Vec<Pending>) -> Vec<Pending> {
     // Nobody waits for these any more, and they have not been sent.
-    group.retain(|pending| pending.maybe_done || !pending.answer.is_closed());
+    group.retain(|pending| pending.in_doubt_since.is_some() || !pending.answer.is_closed());
     if group.is_empty() {
         return group;
     }
@@ -253,11 +253,13 @@ impl Pending {
             Err(WriteError::Broken(cause)) => WriteFailure::Broken(cause),
             Err(WriteError::Busy) if self.may_try_again() => return Some(self),
             Err(WriteError::Busy) => WriteFailure::UserBusy,
-            Err(WriteError::Unreachable(_)) if self.maybe_done && self.may_try_again() => return Some(self),
+            Err(WriteError::Unreachable(_)) if self.in_doubt_since.is_some() && self.may_try_again() => {
+                return Some(self);
+            }
             Err(WriteError::Unreachable(cause)) => WriteFailure::Unreachable(cause),
             Err(WriteError::OutcomeUnknown(cause)) => {
                 tracing::warn!(%cause, "a commit was not confirmed");
-                self.maybe_done = true;
+                self.in_doubt_since.get_or_insert_with(Instant::now);
                 // The request id finds out: a second attempt waits for the first one and gets its answer.
                 if self.call.request.is_some() && self.may_try_again() {
                     return Some(self);
@@ -270,13 +272,17 @@ impl Pending {
     }
 
     fn may_try_again(&self) -> bool {
-        let limit = if self.maybe_done { CONFIRM_LIMIT } else { BUSY_LIMIT };
-        self.first_tried.is_none_or(|first| first.elapsed() < limit)
+        // In doubt it counts from the doubt: to find a connection silent may take longer than the limit.
+        match self.in_doubt_since {
+            Some(doubt) => doubt.elapsed() < CONFIRM_LIMIT,
+            None => self.first_tried.is_none_or(|first| first.elapsed() < BUSY_LIMIT),
+        }
     }
 
     fn give_up(self, failure: WriteFailure) {
         let nothing_happened = matches!(failure, WriteFailure::UserBusy | WriteFailure::Unreachable(_));
-        let failure = if self.maybe_done && nothing_happened { WriteFailure::OutcomeUnknown } else { failure };
+        let failure =
+            if self.in_doubt_since.is_some() && nothing_happened { WriteFailure::OutcomeUnknown } else { failure };
         let _ = self.answer.send(Err(failure));
     }
 }

@@ -51,6 +51,8 @@ impl RoleCache {
     }
 
     async fn load(&self) -> Result<(), LoadError> {
+        // Nothing can be loaded before there is a history to load it in.
+        self.step.prove().await;
         let before = self.completeness.before_load();
         let history = self.step.history();
         let mut snapshot = self.store.snapshot().await?;

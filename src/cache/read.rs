@@ -4,6 +4,7 @@
 //! stale, or are refused: the table "Failure model" of the design, row by row.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -300,11 +301,27 @@ impl RoleCache {
         standing: Standing,
         wish: Wish,
     ) -> Result<(Vec<RoleName>, Revision), ReadError> {
-        let mut found: Vec<Option<Filled>> = vec![None; users.len()];
-        let mut wanted: Vec<usize> = (0..users.len()).collect();
+        // A user who is asked twice is read once: two reads could tell two roles in one answer.
+        let mut places = HashMap::new();
+        let mut distinct = Vec::new();
+        let place = |user: &UserId| {
+            *places.entry(*user).or_insert_with(|| {
+                distinct.push(*user);
+                distinct.len() - 1
+            })
+        };
+        let asked: Vec<usize> = users.iter().map(place).collect();
+        self.count_coalesced(wish, users.len() - distinct.len());
+
+        let mut found: Vec<Option<Filled>> = vec![None; distinct.len()];
+        // A miss that has to join again is still one miss.
+        let mut is_accounted = vec![false; distinct.len()];
+        let mut wanted: Vec<usize> = (0..distinct.len()).collect();
         while !wanted.is_empty() {
-            let pending: Vec<Pending> =
-                wanted.drain(..).map(|index| self.join(index, users[index], wish)).collect::<Result<_, _>>()?;
+            let pending: Vec<Pending> = wanted
+                .drain(..)
+                .map(|index| self.join(index, distinct[index], wish, &mut is_accounted[index]))
+                .collect::<Result<_, _>>()?;
             for Pending { index, user, fill, too_old } in pending {
                 let outcome = fill.outcome().await;
                 if too_old {
@@ -325,18 +342,23 @@ impl RoleCache {
         }
         let found: Vec<Filled> = found.into_iter().flatten().collect();
         let oldest = found.iter().map(|filled| filled.revision).min().unwrap_or(standing.applied);
-        Ok((found.into_iter().map(|filled| filled.role).collect(), oldest))
+        Ok((asked.into_iter().map(|place| found[place].role.clone()).collect(), oldest))
     }
 
-    fn join(&self, index: usize, user: UserId, wish: Wish) -> Result<Pending, ReadError> {
+    fn join(&self, index: usize, user: UserId, wish: Wish, is_accounted: &mut bool) -> Result<Pending, ReadError> {
         let (fill, too_old) = match self.fills.join(user, wish.fresh) {
             Joined::Waits(fill) => {
-                self.counters.coalesced_misses.fetch_add(u64::from(wish.counted), Ordering::Relaxed);
+                if !std::mem::replace(is_accounted, true) {
+                    self.count_coalesced(wish, 1);
+                }
                 (fill, false)
             }
             Joined::TooOld(fill) => (fill, true),
             Joined::Began(fill) => match self.queue.try_send(fill.clone()) {
-                Ok(()) => (fill, false),
+                Ok(()) => {
+                    *is_accounted = true;
+                    (fill, false)
+                }
                 Err(TrySendError::Full(_) | TrySendError::Closed(_)) => {
                     self.fills.finish(&fill, Err(ReadError::Overloaded));
                     return Err(ReadError::Overloaded);
@@ -344,6 +366,12 @@ impl RoleCache {
             },
         };
         Ok(Pending { index, user, fill, too_old })
+    }
+
+    fn count_coalesced(&self, wish: Wish, misses: usize) {
+        if wish.counted {
+            self.counters.coalesced_misses.fetch_add(misses as u64, Ordering::Relaxed);
+        }
     }
 }
 

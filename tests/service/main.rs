@@ -19,4 +19,10 @@ macro_rules! on_both {
     };
 }
 
+mod capacity;
+mod complete;
+mod races;
 mod reads;
+mod staleness;
+mod stats;
+mod writes;

@@ -1,6 +1,12 @@
 //! A store with gates: a test holds a call at a gate, lets something else happen, and opens the gate.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use rolecache::{
@@ -23,6 +29,8 @@ pub struct Gate {
     closed: watch::Sender<bool>,
     /// A permit per call that has come to the closed gate.
     arrived: Arc<Semaphore>,
+    /// A permit per call that may pass the closed gate.
+    passes: Arc<Semaphore>,
 }
 
 /// The gates of one store, each before or after the real call.
@@ -42,6 +50,9 @@ pub struct Gates {
     pub write: Gate,
     pub head: Gate,
     pub locate: Gate,
+    /// Fills' queries fail, as they do when the store is out of reach.
+    roles_fail: Arc<AtomicBool>,
+    snapshots: Arc<AtomicUsize>,
 }
 
 pub struct GatedStore {
@@ -58,7 +69,8 @@ struct GatedSnapshot {
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { closed: watch::Sender::new(false), arrived: Arc::new(Semaphore::new(0)) }
+        let none = || Arc::new(Semaphore::new(0));
+        Self { closed: watch::Sender::new(false), arrived: none(), passes: none() }
     }
 }
 
@@ -71,16 +83,29 @@ impl Gate {
         self.closed.send_replace(false);
     }
 
+    /// Lets one call through the closed gate: the one that waits, or the next that comes.
+    pub fn let_one_pass(&self) {
+        self.passes.add_permits(1);
+    }
+
     /// Waits until a call has come to the closed gate, one that nobody has waited for yet.
     pub async fn arrived(&self) {
         timeout(PATIENCE, self.arrived.acquire()).await.expect("a call should come to the gate").unwrap().forget();
+    }
+
+    /// Calls that have come to the closed gate and that nobody has waited for.
+    pub fn waiting(&self) -> usize {
+        self.arrived.available_permits()
     }
 
     async fn pass(&self) {
         let mut closed = self.closed.subscribe();
         if *closed.borrow_and_update() {
             self.arrived.add_permits(1);
-            let _ = closed.wait_for(|closed| !closed).await;
+            tokio::select! {
+                _ = closed.wait_for(|closed| !closed) => {}
+                pass = self.passes.acquire() => pass.unwrap().forget(),
+            }
         }
     }
 }
@@ -88,6 +113,14 @@ impl Gate {
 // === impl Gates ===
 
 impl Gates {
+    pub fn fail_roles(&self, fail: bool) {
+        self.roles_fail.store(fail, Ordering::SeqCst);
+    }
+
+    pub fn snapshots_begun(&self) -> usize {
+        self.snapshots.load(Ordering::SeqCst)
+    }
+
     /// For [`super::server::Setup::wrap`].
     pub fn guard(&self) -> impl Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync + 'static {
         let gates = self.clone();
@@ -118,12 +151,16 @@ impl Store for GatedStore {
 
     async fn roles(&self, users: &[UserId]) -> Result<Roles, StoreError> {
         self.gates.roles.pass().await;
+        if self.gates.roles_fail.load(Ordering::SeqCst) {
+            return Err(StoreError::Unreachable(Arc::new(std::io::Error::other("on purpose"))));
+        }
         let roles = self.inner.roles(users).await;
         self.gates.roles_read.pass().await;
         roles
     }
 
     async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
+        self.gates.snapshots.fetch_add(1, Ordering::SeqCst);
         let inner = self.inner.snapshot().await?;
         Ok(Box::new(GatedSnapshot { inner, gate: self.gates.snapshot.clone() }))
     }

@@ -1,4 +1,5 @@
-//! A TCP proxy in front of PostgreSQL that goes silent, or swallows notifications, on command.
+//! A TCP proxy in front of PostgreSQL that goes silent, breaks or strands connections, or swallows notifications, on
+//! command.
 
 use std::sync::{
     Arc,
@@ -14,12 +15,22 @@ use tokio::{
     sync::watch,
 };
 
+/// Of all connections that were opened before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Open,
+    Cut,
+    Stranded,
+}
+
 /// Serves until it is dropped.
 pub struct Proxy {
     /// The database, through the proxy.
     pub url: String,
     frozen: watch::Sender<bool>,
     is_mute: Arc<AtomicBool>,
+    /// What becomes of the connections that are open at this moment.
+    fate: watch::Sender<Fate>,
     serving: tokio::task::JoinHandle<()>,
 }
 
@@ -34,8 +45,9 @@ impl Proxy {
         parts.set_query(Some("sslmode=disable"));
         let (frozen, is_frozen) = watch::channel(false);
         let is_mute = Arc::new(AtomicBool::new(false));
+        let fate = watch::Sender::new(Fate::Open);
         let serving = tokio::spawn({
-            let is_mute = is_mute.clone();
+            let (is_mute, fate) = (is_mute.clone(), fate.clone());
             async move {
                 let mut pairs = tokio::task::JoinSet::new();
                 loop {
@@ -43,12 +55,27 @@ impl Proxy {
                     let Ok(server) = TcpStream::connect(&target).await else { continue };
                     let (from_client, to_client) = client.into_split();
                     let (from_server, to_server) = server.into_split();
-                    pairs.spawn(forward(from_client, to_server, is_frozen.clone()));
-                    pairs.spawn(answer(from_server, to_client, is_frozen.clone(), is_mute.clone()));
+                    let forward = forward(from_client, to_server, is_frozen.clone());
+                    let answer = answer(from_server, to_client, is_frozen.clone(), is_mute.clone());
+                    let mut fate = fate.subscribe();
+                    fate.mark_unchanged();
+                    pairs.spawn(async move {
+                        let pair = async { tokio::join!(forward, answer) };
+                        tokio::pin!(pair);
+                        // Fate first: a frozen pair that is cut and then thawed must not pass a byte more.
+                        let stranded = tokio::select! {
+                            biased;
+                            _ = fate.changed() => *fate.borrow() == Fate::Stranded,
+                            _ = &mut pair => false,
+                        };
+                        if stranded {
+                            std::future::pending().await
+                        }
+                    });
                 }
             }
         });
-        Self { url: parts.to_string(), frozen, is_mute, serving }
+        Self { url: parts.to_string(), frozen, is_mute, fate, serving }
     }
 
     /// From now on not a byte passes, and no connection breaks.
@@ -58,6 +85,16 @@ impl Proxy {
 
     pub fn thaw(&self) {
         self.frozen.send_replace(false);
+    }
+
+    /// Breaks every open connection. New ones are served.
+    pub fn cut(&self) {
+        self.fate.send_replace(Fate::Cut);
+    }
+
+    /// From now on not a byte passes on any open connection, and none of them breaks. New ones are served.
+    pub fn strand(&self) {
+        self.fate.send_replace(Fate::Stranded);
     }
 
     /// From now on no notification passes, as behind a pooler in transaction mode.

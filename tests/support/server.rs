@@ -20,6 +20,7 @@ use rolecache::{
 use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle};
 use tonic::{Status, transport::Channel};
+use tonic_health::pb::health_check_response::ServingStatus;
 
 use super::{
     postgres::{Postgres, psql},
@@ -201,20 +202,25 @@ pub async fn client(address: SocketAddr) -> RoleCacheServiceClient<Channel> {
 
 impl TestServer {
     pub async fn until_serving(&self) {
+        self.until_health(ServingStatus::Serving).await;
+    }
+
+    /// Waits until health says so of the whole server.
+    pub async fn until_health(&self, status: ServingStatus) {
         let channel = Channel::from_shared(format!("http://{}", self.address)).unwrap().connect().await.unwrap();
         let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
         let request = tonic_health::pb::HealthCheckRequest { service: String::new() };
         let mut answers = health.watch(request).await.unwrap().into_inner();
         tokio::time::timeout(PATIENCE, async {
             while let Some(answer) = answers.message().await.unwrap() {
-                if answer.status() == tonic_health::pb::health_check_response::ServingStatus::Serving {
+                if answer.status() == status {
                     return;
                 }
             }
-            panic!("the server ended before it served");
+            panic!("the server ended before its health was {status:?}");
         })
         .await
-        .expect("the server should serve in time");
+        .unwrap_or_else(|_| panic!("health should be {status:?} in time"));
     }
 
     pub async fn get(&self, user_id: i64) -> GetRoleResponse {
