@@ -4,6 +4,7 @@
 //! for it. Within one history `applied` never goes back.
 
 use std::{
+    cmp,
     sync::{
         Arc,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -38,7 +39,7 @@ pub enum FeedState {
 }
 
 /// Which of the store's histories the replica follows: a count of how often it had to start over. 0 before the first.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct History(u64);
 
 /// What watchers and waiting calls are woken for.
@@ -125,11 +126,23 @@ impl Standing {
 // === impl Step ===
 
 impl Step {
+    /// What the replica stands on.
     pub fn standing(&self) -> Standing {
+        let proof = self.0.proof.load(Ordering::SeqCst);
+        let place = self.place();
+        Standing { applied: place.applied.revision, history: place.history, proof_age: Self::age(proof) }
+    }
+
+    /// The same without a lock, for the hot path: of one history only if [`Step::history`] is still the same after the
+    /// entry was read.
+    pub fn glance(&self) -> Standing {
         let history = self.history();
         let proof = self.0.proof.load(Ordering::SeqCst);
-        let applied = self.applied();
-        Standing { applied, history, proof_age: (proof != 0).then(|| Moment::age(proof)) }
+        Standing { applied: self.applied(), history, proof_age: Self::age(proof) }
+    }
+
+    fn age(proof: u64) -> Option<Duration> {
+        (proof != 0).then(|| Moment::age(proof))
     }
 
     pub fn applied(&self) -> Revision {
@@ -152,11 +165,6 @@ impl Step {
         self.place().feed
     }
 
-    /// Whether a first history is being followed.
-    pub fn has_started(&self) -> bool {
-        self.history() != History(0)
-    }
-
     /// Tells every move of [`Place`] from now on.
     pub fn subscribe(&self) -> watch::Receiver<Place> {
         self.0.place.subscribe()
@@ -167,18 +175,27 @@ impl Step {
         self.0.nudge.notify_one();
     }
 
-    /// Waits until everything up to `revision` is applied, in the history that is followed now.
-    pub async fn reach(&self, revision: Revision) -> Result<(), HistoryEnded> {
-        self.reach_in(self.history(), revision).await
+    /// Waits until a first history is followed.
+    pub async fn started(&self) {
+        // The other side lives as long as this one.
+        let _ = self.subscribe().wait_for(|place| place.history != History(0)).await;
     }
 
-    /// Waits until everything up to `revision` is applied.
+    /// Waits until everything up to `revision` is applied, in the history that is followed now.
+    pub async fn reach(&self, revision: Revision) -> Result<(), HistoryEnded> {
+        self.reach_in(self.place().history, revision).await
+    }
+
+    /// Waits until everything up to `revision` is applied, in a history that may be about to begin.
     pub async fn reach_in(&self, history: History, revision: Revision) -> Result<(), HistoryEnded> {
-        if self.history() == history && self.applied() >= revision {
-            return Ok(());
-        }
         let mut places = self.subscribe();
-        let arrived = places.wait_for(|place| place.history != history || place.applied.revision >= revision).await;
+        let arrived = places
+            .wait_for(|place| match place.history.cmp(&history) {
+                cmp::Ordering::Less => false,
+                cmp::Ordering::Equal => place.applied.revision >= revision,
+                cmp::Ordering::Greater => true,
+            })
+            .await;
         match arrived {
             Ok(place) if place.history == history => Ok(()),
             _ => Err(HistoryEnded),
@@ -186,13 +203,24 @@ impl Step {
     }
 
     /// Waits for a proof that holds, which a nudged tailer brings.
-    pub async fn prove(&self) {
+    pub async fn proven(&self) {
+        self.proof_where(|_| self.standing().is_proven()).await;
+    }
+
+    /// Waits for a proof by a read of the log that is sent after this call: from then on [`Step::store_head`] is at
+    /// least what the store's head is now. All who wait share one read.
+    pub async fn proven_anew(&self) {
+        let now = Moment::now();
+        self.proof_where(|proof| proof > now.0).await;
+    }
+
+    async fn proof_where(&self, holds: impl Fn(u64) -> bool) {
         loop {
             let proven = self.0.proven.notified();
             tokio::pin!(proven);
             // Armed before the look: a proof between look and wait would otherwise be missed.
             proven.as_mut().enable();
-            if self.standing().is_proven() {
+            if holds(self.0.proof.load(Ordering::SeqCst)) {
                 return;
             }
             self.nudge();
@@ -290,7 +318,7 @@ mod tests {
         stepper.begin_history();
         stepper.follow_from(anchor(0));
         stepper.prove(Moment::now());
-        step.prove().await;
+        step.proven().await;
         assert!(step.standing().is_proven());
         assert_eq!(step.feed(), FeedState::Live);
         stepper.begin_history();

@@ -107,12 +107,14 @@ impl Writer {
     /// Commits a call and waits until this replica has applied it: store, then cache, then watchers. A caller who stops
     /// waiting leaves the write to its fate.
     pub async fn write(&self, call: Call) -> Result<Written, WriteFailure> {
+        // Of before the write: should the store lose it again, another commit may have its revision.
+        let history = self.step.place().history;
         let (answer, outcome) = oneshot::channel();
         let pending = Pending { call, answer, first_tried: None, in_doubt_since: None };
         self.queue.try_send(pending).map_err(|_| WriteFailure::Overloaded)?;
         // A task that ends takes the process with it; until then the outcome is what it says.
         let written = outcome.await.map_err(|_| WriteFailure::OutcomeUnknown)??;
-        match timeout(CONFIRM_LIMIT, self.step.reach(written.revision)).await {
+        match timeout(CONFIRM_LIMIT, self.step.reach_in(history, written.revision)).await {
             Ok(Ok(())) => Ok(written),
             _ => Err(WriteFailure::OutcomeUnknown),
         }
@@ -130,18 +132,23 @@ impl WriterTask {
             if line.0.is_empty() {
                 self.queue.recv_many(&mut arrived, GROUP).await;
             } else {
-                while arrived.len() < GROUP
+                while line.0.len() + arrived.len() < QUEUE
                     && let Ok(pending) = self.queue.try_recv()
                 {
                     arrived.push(pending);
                 }
             }
             line.0.extend(arrived.drain(..));
-            for pending in commit(&*self.store, &self.step, line.take_group()).await {
+            let Committed { again, lost } = commit(&*self.store, &self.step, line.take_group(&Taken::default())).await;
+            for pending in again {
                 // A full lane means that thousands of rows are held: no more can wait.
                 if let Err(refused) = self.busy.try_send(pending) {
                     refused.into_inner().give_up(WriteFailure::UserBusy);
                 }
+            }
+            if let Some(cause) = lost {
+                // The others would find the same, one group after the other, and wait for longer than their callers do.
+                line.0.drain(..).for_each(|pending| pending.give_up(WriteFailure::Unreachable(cause.clone())));
             }
         }
     }
@@ -156,29 +163,47 @@ impl BusyTask {
         let mut next_round = Instant::now();
         loop {
             tokio::select! {
-                arrived = self.queue.recv() => line.0.extend(arrived),
+                arrived = self.queue.recv(), if line.0.len() < QUEUE => line.0.extend(arrived),
                 () = sleep_until(next_round), if !line.0.is_empty() => {
-                    let mut again = Vec::new();
-                    while !line.0.is_empty() {
-                        again.extend(commit(&*self.store, &self.step, line.take_group()).await);
-                    }
-                    line.0.extend(again);
+                    self.try_all(&mut line).await;
                     next_round = Instant::now() + BUSY_RETRY;
                 }
             }
         }
+    }
+
+    /// One round: everybody once, but nobody behind one who has just been found held.
+    async fn try_all(&self, line: &mut Line) {
+        let mut held = Taken::default();
+        let mut again = Vec::new();
+        loop {
+            line.end_overdue();
+            let group = line.take_group(&held);
+            if group.is_empty() {
+                break;
+            }
+            let committed = commit(&*self.store, &self.step, group).await;
+            committed.again.iter().for_each(|pending| {
+                held.take(&pending.call);
+            });
+            again.extend(committed.again);
+        }
+        line.0.extend(again);
     }
 }
 
 // === impl Line ===
 
 impl Line {
-    /// The first calls that touch nothing in common.
-    fn take_group(&mut self) -> Vec<Pending> {
+    /// The first calls that touch nothing in common, and nothing of `held`.
+    fn take_group(&mut self, held: &Taken) -> Vec<Pending> {
         let mut group = Vec::new();
         let mut rest = VecDeque::new();
-        let mut taken = Taken::default();
+        let mut taken = held.clone();
         while let Some(pending) = self.0.pop_front() {
+            if pending.is_abandoned() {
+                continue;
+            }
             if group.len() < GROUP && taken.take(&pending.call) {
                 group.push(pending);
             } else {
@@ -188,10 +213,18 @@ impl Line {
         self.0 = rest;
         group
     }
+
+    /// Answers those whose time is up.
+    fn end_overdue(&mut self) {
+        let (waiting, overdue) = self.0.drain(..).partition(Pending::may_try_again);
+        self.0 = waiting;
+        let overdue: VecDeque<Pending> = overdue;
+        overdue.into_iter().for_each(|pending| pending.give_up(WriteFailure::UserBusy));
+    }
 }
 
-/// What the calls of a group touch.
-#[derive(Default)]
+/// What calls touch.
+#[derive(Clone, Default)]
 struct Taken {
     users: HashSet<UserId>,
     mailboxes: HashSet<MailboxId>,
@@ -216,15 +249,21 @@ impl Taken {
     }
 }
 
-/// Commits a group and answers its callers, those apart who are to be tried again.
-async fn commit(store: &dyn Store, step: &Step, mut group: Vec<Pending>) -> Vec<Pending> {
-    // Nobody waits for these any more, and they have not been sent.
-    group.retain(|pending| pending.in_doubt_since.is_some() || !pending.answer.is_closed());
+/// What became of a group, beside the calls that have their answers.
+struct Committed {
+    /// To be tried again.
+    again: Vec<Pending>,
+    /// The store could not be reached with any of them.
+    lost: Option<Cause>,
+}
+
+/// Commits a group and answers its callers.
+async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committed {
     if group.is_empty() {
-        return group;
+        return Committed { again: group, lost: None };
     }
     let now = Instant::now();
-    let (calls, mut waiting): (Vec<Call>, Vec<Pending>) = group
+    let (calls, waiting): (Vec<Call>, Vec<Pending>) = group
         .into_iter()
         .map(|mut pending| {
             pending.first_tried.get_or_insert(now);
@@ -234,13 +273,23 @@ async fn commit(store: &dyn Store, step: &Step, mut group: Vec<Pending>) -> Vec<
     let outcomes = store.write(&calls).await;
     assert_eq!(outcomes.len(), waiting.len(), "the store answers for each call");
     step.nudge();
-    let answered = waiting.drain(..).zip(outcomes);
-    answered.filter_map(|(pending, outcome)| pending.settle(outcome)).collect()
+    let lost = outcomes.iter().try_fold(None, |_, outcome| match outcome {
+        Err(WriteError::Unreachable(cause)) => Some(Some(cause.clone())),
+        _ => None,
+    });
+    let answered = waiting.into_iter().zip(outcomes);
+    let again = answered.filter_map(|(pending, outcome)| pending.settle(outcome)).collect();
+    Committed { again, lost: lost.flatten() }
 }
 
 // === impl Pending ===
 
 impl Pending {
+    /// Nobody waits for it any more, and it has not been sent.
+    fn is_abandoned(&self) -> bool {
+        self.in_doubt_since.is_none() && self.answer.is_closed()
+    }
+
     /// Answers, or comes back to be tried again.
     fn settle(mut self, outcome: Result<Written, WriteError>) -> Option<Self> {
         let failure = match outcome {

@@ -28,7 +28,6 @@ use super::{Filler, ReadError, RoleCache};
 use crate::{
     role::{Revision, RoleName, UserId},
     step::HistoryEnded,
-    store::StoreError,
 };
 
 /// Users who wait for a query at once; more are refused.
@@ -38,8 +37,8 @@ pub(super) const QUEUE: usize = 100_000;
 const BATCH: usize = 1_000;
 const QUERIES: usize = 8;
 
-/// Of a fill, all its queries and waits together.
-const LIMIT: Duration = Duration::from_secs(5);
+/// Of a fill, all its queries and waits together: shorter than a read waits, which is to be told why.
+const LIMIT: Duration = Duration::from_secs(4);
 
 /// Of the wait for `applied`. A fill that waits longer is answered, but not kept.
 const STEP_LIMIT: Duration = Duration::from_secs(1);
@@ -201,7 +200,7 @@ impl RoleCache {
         let mut running: HashMap<UserId, Arc<Fill>> = fills.into_iter().map(|fill| (fill.user, fill)).collect();
         let ran = timeout(LIMIT, async {
             while !running.is_empty() {
-                self.query(&mut running).await?;
+                self.ask(&mut running).await?;
             }
             Ok(())
         });
@@ -216,26 +215,25 @@ impl RoleCache {
     }
 
     /// One query for all of `running`, less those that it finishes.
-    async fn query(&self, running: &mut HashMap<UserId, Arc<Fill>>) -> Result<(), ReadError> {
-        let (history, applied) = (self.step.history(), self.step.applied());
+    async fn ask(&self, running: &mut HashMap<UserId, Arc<Fill>>) -> Result<(), ReadError> {
+        let standing = self.step.standing();
+        let (history, applied) = (standing.history, standing.applied);
         let ticket = self.fills.ticket();
         let users: Vec<UserId> = running.keys().copied().collect();
         for fill in running.values() {
             fill.send(ticket);
         }
         self.counters.store_reads.fetch_add(users.len() as u64, Ordering::Relaxed);
-        let found = self.store.roles(&users).await.map_err(|error| match error {
-            StoreError::Unreachable(cause) => ReadError::Unreachable(cause),
-            StoreError::Broken(cause) => ReadError::Broken(cause),
-        })?;
+        let found = self.store.roles(&users).await?;
         let revision = found.head.revision;
         self.step.nudge();
-        if revision < applied && self.step.history() == history {
+        if revision < applied {
             // The store has forgotten commits. The tailer, nudged, finds out what happened and begins a new history.
             let _ = timeout(STEP_LIMIT, self.step.reach_in(history, Revision(i64::MAX))).await;
             return Ok(());
         }
-        let reached = match timeout(STEP_LIMIT, self.step.reach_in(history, revision)).await {
+        let limit = if self.is_far_behind() { Duration::ZERO } else { STEP_LIMIT };
+        let reached = match timeout(limit, self.step.reach_in(history, revision)).await {
             Ok(Ok(())) => true,
             Ok(Err(HistoryEnded)) => return Ok(()),
             Err(_) => false,

@@ -2,7 +2,8 @@
 //!
 //! Until the load is done, commits leave an entry for every user that they touch, those with the default role too. The
 //! snapshot is taken after that began, and put in only once its revision is applied, and only where no entry is: so what
-//! is there is at least as new, and what is put in is the state at `applied`.
+//! is there is at least as new, and what is put in is the state at `applied`. Whatever ends completeness ends a load, too,
+//! before it can put in another entry.
 
 use std::{sync::Arc, time::Duration};
 
@@ -52,9 +53,9 @@ impl RoleCache {
 
     async fn load(&self) -> Result<(), LoadError> {
         // Nothing can be loaded before there is a history to load it in.
-        self.step.prove().await;
+        self.step.started().await;
         let before = self.completeness.before_load();
-        let history = self.step.history();
+        let history = self.step.place().history;
         let mut snapshot = self.store.snapshot().await?;
         let at = snapshot.anchor().revision;
         self.step.nudge();
@@ -64,14 +65,17 @@ impl RoleCache {
             if users.is_empty() {
                 break;
             }
-            for row in users {
-                let role = self.names.intern(&row.role).map_err(|reason| LoadError::NotKept(row.user, reason))?;
-                self.entries.insert_if_absent(row.user, role);
-            }
+            let users = users
+                .into_iter()
+                .map(|row| match self.names.intern(&row.role) {
+                    Ok(role) => Ok((row.user, role)),
+                    Err(reason) => Err(LoadError::NotKept(row.user, reason)),
+                })
+                .collect::<Result<Vec<_>, _>>()?;
+            let put_in = || users.into_iter().for_each(|(user, role)| self.entries.insert_if_absent(user, role));
+            self.completeness.unless_lost(before, put_in).ok_or(LoadError::Spoiled)?;
         }
-        if !self.completeness.gain(before) {
-            return Err(LoadError::Spoiled);
-        }
+        self.completeness.gain(before).ok_or(LoadError::Spoiled)?;
         // Commits from now on remove the entries of users who get the default role; these are from before.
         self.entries.remove_all_with(self.default_id);
         tracing::info!(users = self.entries.len(), revision = at.0, "all roles are loaded");

@@ -12,8 +12,8 @@ mod read;
 
 use std::{
     sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -66,6 +66,8 @@ pub struct RoleCache {
     queue: mpsc::Sender<Arc<Fill>>,
     fallback: Semaphore,
     completeness: Completeness,
+    /// The newest revision of which an answer went out before it was applied, while catching up; 0 for none.
+    floor: AtomicI64,
     counters: Counters,
 }
 
@@ -98,6 +100,9 @@ struct Counters {
 /// it looked into the table knows that the table was complete all the while.
 struct Completeness {
     state: AtomicU64,
+    /// Held while entries go because completeness ends, and while a load puts entries in: a load that has been overtaken
+    /// by a reset would fill the table with roles of another history.
+    entries: Mutex<()>,
     lost: Notify,
 }
 
@@ -128,7 +133,8 @@ pub fn cache(options: Options, store: Arc<dyn Store>, step: Step) -> (Arc<RoleCa
         entries: Entries::new(capacity),
         fills: Fills::default(),
         queue: sender,
-        completeness: Completeness { state: AtomicU64::new(0), lost: Notify::new() },
+        completeness: Completeness { state: AtomicU64::new(0), entries: Mutex::new(()), lost: Notify::new() },
+        floor: AtomicI64::new(0),
         counters: Counters::default(),
     });
     (cache.clone(), Filler { cache, queue })
@@ -160,9 +166,7 @@ impl RoleCache {
                         %reason,
                         "a role is not kept in memory: this user is read from the store"
                     );
-                    // Before the entry goes: absence must not be taken for the default role.
-                    self.completeness.lose();
-                    self.entries.remove(change.user);
+                    self.completeness.lose(|| self.entries.remove(change.user));
                 }
             }
         }
@@ -171,9 +175,9 @@ impl RoleCache {
 
     /// Forgets everything: what is applied from now on is of another history.
     pub fn reset(&self) {
-        self.completeness.lose();
         self.fills.overtake_all();
-        self.entries.clear();
+        self.floor.store(0, Ordering::SeqCst);
+        self.completeness.lose(|| self.entries.clear());
     }
 
     /// Whether reads find what they need here: always in lazy mode, after the load in complete mode.
@@ -214,16 +218,25 @@ impl Completeness {
         self.state.load(Ordering::SeqCst)
     }
 
-    /// Complete, unless completeness was lost again since `before`.
-    fn gain(&self, before: u64) -> bool {
-        debug_assert!(before.is_multiple_of(2));
-        self.state.compare_exchange(before, before + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    /// Lets a load that began at `before` put entries in; None if completeness was lost again since.
+    fn unless_lost(&self, before: u64, put_in: impl FnOnce()) -> Option<()> {
+        let _entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.state.load(Ordering::SeqCst) == before).then(put_in)
     }
 
-    /// Also where there was none: a load that runs now has missed something.
-    fn lose(&self) {
+    /// Complete, unless completeness was lost again since `before`.
+    fn gain(&self, before: u64) -> Option<()> {
+        debug_assert!(before.is_multiple_of(2));
+        self.state.compare_exchange(before, before + 1, Ordering::SeqCst, Ordering::SeqCst).ok().map(drop)
+    }
+
+    /// Ends completeness, and any load that runs now, and then takes entries out: absence must not be taken for the
+    /// default role before.
+    fn lose(&self, take_out: impl FnOnce()) {
+        let _entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let next = |state: u64| Some((state | 1) + 1);
         let _ = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+        take_out();
         self.lost.notify_one();
     }
 }

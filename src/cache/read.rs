@@ -27,6 +27,9 @@ use crate::{
 /// How long a read waits for a proof that holds.
 const PROOF_LIMIT: Duration = Duration::from_millis(500);
 
+/// How long a read waits altogether, for a revision or for the store.
+const READ_LIMIT: Duration = Duration::from_secs(5);
+
 /// What a read asks for, beside the users.
 #[derive(Clone, Copy, Debug)]
 pub struct Query {
@@ -34,8 +37,8 @@ pub struct Query {
     pub min_revision: Revision,
     /// From the store itself.
     pub fully_consistent: bool,
-    /// When the caller stops waiting.
-    pub deadline: Instant,
+    /// When the caller stops waiting, if it said so.
+    pub deadline: Option<Instant>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -74,7 +77,7 @@ pub enum ReadError {
     Overloaded,
     #[error("revision {requested} is not known; the newest is {head}")]
     UnknownRevision { requested: Revision, head: Revision },
-    #[error("the deadline passed")]
+    #[error("the caller's deadline passed")]
     Deadline,
 }
 
@@ -85,7 +88,7 @@ enum Footing {
     /// The store: the cache is behind, or not loaded.
     Store(Standing),
     /// The cache, marked stale.
-    Stale(Standing, Duration),
+    Stale(Standing),
 }
 
 /// How a read wants its misses loaded.
@@ -98,9 +101,8 @@ struct Wish {
 }
 
 /// A read's part in the load of one user.
-struct Pending {
+struct Joining {
     index: usize,
-    user: UserId,
     fill: Arc<Fill>,
     too_old: bool,
 }
@@ -124,8 +126,8 @@ impl RoleCache {
 
     /// The way of nearly every read: proof, entry, answer, without waiting.
     fn hit(&self, user: UserId, query: Query) -> Option<Answer> {
-        let standing = self.step.standing();
-        if query.fully_consistent || query.min_revision > standing.applied || !standing.is_proven() {
+        let standing = self.step.glance();
+        if query.fully_consistent || query.min_revision > standing.applied || !self.is_truth(&standing) {
             return None;
         }
         let role = self.look(user)?;
@@ -134,6 +136,16 @@ impl RoleCache {
         }
         self.counters.hits.fetch_add(1, Ordering::Relaxed);
         Some(Answer { role, revision: standing.applied, source: Source::Cache, stale: false })
+    }
+
+    /// Whether the cache may answer as the truth: in step, and not behind an answer that the store has given.
+    fn is_truth(&self, standing: &Standing) -> bool {
+        standing.is_proven() && standing.applied.0 >= self.floor.load(Ordering::SeqCst)
+    }
+
+    /// Whether it catches up with so much that nothing has been proven for a while.
+    pub(super) fn is_far_behind(&self) -> bool {
+        self.step.feed() == FeedState::CatchingUp && !self.step.standing().is_proven()
     }
 
     /// What the table says about a user; None where it says nothing.
@@ -148,8 +160,14 @@ impl RoleCache {
     }
 
     async fn read(&self, users: &[UserId], query: Query) -> Result<ReadAnswer, ReadError> {
-        let within = timeout_at(query.deadline, self.read_in_time(users, query));
-        within.await.unwrap_or(Err(ReadError::Deadline))
+        let limit = Instant::now() + READ_LIMIT;
+        let until = query.deadline.map_or(limit, |deadline| deadline.min(limit));
+        match timeout_at(until, self.read_in_time(users, query)).await {
+            Ok(read) => read,
+            Err(_) if until < limit => Err(ReadError::Deadline),
+            Err(_) if self.step.feed() == FeedState::Disconnected => Err(ReadError::silent()),
+            Err(_) => Err(ReadError::Overloaded),
+        }
     }
 
     async fn read_in_time(&self, users: &[UserId], query: Query) -> Result<ReadAnswer, ReadError> {
@@ -166,7 +184,7 @@ impl RoleCache {
             let answer = match footing {
                 Footing::Cache(standing) => self.answer_from_cache(users, standing, wish).await?,
                 Footing::Store(standing) => self.answer_from_store(users, standing, wish).await?,
-                Footing::Stale(standing, age) => self.answer_stale(users, standing, age)?,
+                Footing::Stale(standing) => self.answer_stale(users, standing)?,
             };
             // Of another history than it began in: its roles and its revision may not belong together.
             if let Some(answer) = answer {
@@ -175,11 +193,15 @@ impl RoleCache {
         }
     }
 
-    /// Waits for a revision that was not applied yet.
+    /// Waits for a revision that was not applied yet, if the store has it.
     async fn wait_for(&self, revision: Revision) -> Result<(), ReadError> {
-        let history = self.step.history();
+        let history = self.step.place().history;
         if revision > self.step.store_head() {
-            let head = self.store.head().await.map_err(ReadError::from)?.revision;
+            if self.step.feed() == FeedState::Disconnected {
+                return Err(ReadError::silent());
+            }
+            self.step.proven_anew().await;
+            let head = self.step.store_head();
             if revision > head {
                 return Err(ReadError::UnknownRevision { requested: revision, head });
             }
@@ -193,20 +215,19 @@ impl RoleCache {
     /// What may answer a read that leaves it to us.
     async fn footing(&self) -> Footing {
         let standing = self.step.standing();
-        if standing.is_proven() {
+        if self.is_truth(&standing) {
             return Footing::Cache(standing);
         }
         if self.step.feed() == FeedState::Live {
             // Connected when last heard of: this process was paused, or the read is on its way. All share one.
-            let _ = timeout(PROOF_LIMIT, self.step.prove()).await;
+            let _ = timeout(PROOF_LIMIT, self.step.proven()).await;
         }
         let standing = self.step.standing();
         match self.step.feed() {
-            _ if standing.is_proven() => Footing::Cache(standing),
+            _ if self.is_truth(&standing) => Footing::Cache(standing),
             FeedState::CatchingUp => Footing::Store(standing),
-            FeedState::Live | FeedState::Disconnected => {
-                Footing::Stale(standing, standing.proof_age.unwrap_or(Duration::MAX))
-            }
+            _ if standing.is_proven() => Footing::Store(standing),
+            FeedState::Live | FeedState::Disconnected => Footing::Stale(standing),
         }
     }
 
@@ -271,20 +292,17 @@ impl RoleCache {
         Ok(Some(ReadAnswer { roles, revision, source: Source::Store, stale: false }))
     }
 
-    fn answer_stale(
-        &self,
-        users: &[UserId],
-        standing: Standing,
-        age: Duration,
-    ) -> Result<Option<ReadAnswer>, ReadError> {
+    fn answer_stale(&self, users: &[UserId], standing: Standing) -> Result<Option<ReadAnswer>, ReadError> {
+        // Without a proof in this history there is nothing that was ever true.
+        let Some(age) = standing.proof_age else { return Err(ReadError::silent()) };
         let roles: Vec<RoleName> = users.iter().filter_map(|user| self.look(*user)).collect();
-        let misses = users.len() - roles.len();
         if self.step.history() != standing.history {
             return Ok(None);
         }
+        // A read that is refused counts too: it was a hit or a miss, and then too old.
         self.counters.hits.fetch_add(roles.len() as u64, Ordering::Relaxed);
-        self.counters.misses.fetch_add(misses as u64, Ordering::Relaxed);
-        if misses > 0 {
+        self.counters.misses.fetch_add((users.len() - roles.len()) as u64, Ordering::Relaxed);
+        if roles.len() < users.len() {
             return Err(ReadError::silent());
         }
         if age > self.options.max_staleness {
@@ -318,34 +336,52 @@ impl RoleCache {
         let mut is_accounted = vec![false; distinct.len()];
         let mut wanted: Vec<usize> = (0..distinct.len()).collect();
         while !wanted.is_empty() {
-            let pending: Vec<Pending> = wanted
+            let pending: Vec<Joining> = wanted
                 .drain(..)
                 .map(|index| self.join(index, distinct[index], wish, &mut is_accounted[index]))
                 .collect::<Result<_, _>>()?;
-            for Pending { index, user, fill, too_old } in pending {
+            for Joining { index, fill, too_old } in pending {
                 let outcome = fill.outcome().await;
                 if too_old {
                     wanted.push(index);
                     continue;
                 }
                 let filled = outcome?;
-                // It goes out once this replica has applied as much: a later read must not be older.
-                let reached = self.step.reach_in(standing.history, filled.revision).await.is_ok();
-                if reached && filled.revision >= standing.applied {
+                // A later read must not be older: it goes out once this replica has applied as much. Far behind, that
+                // takes too long; then it goes out at once, and the cache is not the truth until it is as far.
+                if filled.revision > self.step.applied() && self.is_far_behind() {
+                    self.floor.fetch_max(filled.revision.0, Ordering::SeqCst);
+                } else if self.step.reach_in(standing.history, filled.revision).await.is_err() {
+                    self.lift_floor(standing);
+                    return Err(ReadError::history_moved());
+                }
+                if filled.revision >= standing.applied {
                     found[index] = Some(filled);
-                } else if self.step.history() != standing.history {
-                    return Err(ReadError::history_moved(user));
                 } else {
                     wanted.push(index);
                 }
             }
         }
+        self.lift_floor(standing);
+        if self.step.history() != standing.history {
+            return Err(ReadError::history_moved());
+        }
         let found: Vec<Filled> = found.into_iter().flatten().collect();
         let oldest = found.iter().map(|filled| filled.revision).min().unwrap_or(standing.applied);
+        // True as of what was read, so of what is applied too, which is what a later read may be as old as.
+        let oldest = oldest.min(self.step.applied());
         Ok((asked.into_iter().map(|place| found[place].role.clone()).collect(), oldest))
     }
 
-    fn join(&self, index: usize, user: UserId, wish: Wish, is_accounted: &mut bool) -> Result<Pending, ReadError> {
+    /// Takes back a floor of a history that has ended: the next one may never get so far. A reset takes it back too, so
+    /// that it goes whichever comes last.
+    fn lift_floor(&self, standing: Standing) {
+        if self.step.history() != standing.history {
+            self.floor.store(0, Ordering::SeqCst);
+        }
+    }
+
+    fn join(&self, index: usize, user: UserId, wish: Wish, is_accounted: &mut bool) -> Result<Joining, ReadError> {
         let (fill, too_old) = match self.fills.join(user, wish.fresh) {
             Joined::Waits(fill) => {
                 if !std::mem::replace(is_accounted, true) {
@@ -365,7 +401,7 @@ impl RoleCache {
                 }
             },
         };
-        Ok(Pending { index, user, fill, too_old })
+        Ok(Joining { index, fill, too_old })
     }
 
     fn count_coalesced(&self, wish: Wish, misses: usize) {
@@ -389,9 +425,8 @@ impl ReadError {
         Self::Unreachable(Arc::new(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time")))
     }
 
-    fn history_moved(user: UserId) -> Self {
-        let message = format!("its history changed while the role of {user} was read");
-        Self::Unreachable(Arc::new(std::io::Error::other(message)))
+    fn history_moved() -> Self {
+        Self::Unreachable(Arc::new(std::io::Error::other("its history changed while a role was read")))
     }
 }
 

@@ -13,8 +13,8 @@ use std::{
     time::Duration,
 };
 
-use futures::future::BoxFuture;
 use tokio::sync::{Semaphore, watch};
+use tokio_util::task::AbortOnDropHandle;
 
 use self::ring::{Lookup, Ring};
 pub use self::tailer::{Apply, Broken, Tailer};
@@ -30,8 +30,8 @@ pub const OVERSIZED: u64 = 10_000;
 /// Watchers that page the log from the store at once; the others wait for their turn.
 const PAGERS: usize = 4;
 
-/// Changes that a paging watcher holds at once.
-const PAGER_LIMIT: usize = 1_000;
+/// Changes that a paging watcher holds at once, one that does not read for as long as it does not.
+const PAGER_LIMIT: usize = 250;
 
 /// Before a watcher asks a store again that did not answer.
 const PAGER_RETRY: Duration = Duration::from_millis(500);
@@ -67,8 +67,9 @@ pub struct Cursor {
     /// What the last page brought and the watcher has not taken yet: its commits, each with where it leads.
     paged: VecDeque<Arc<Commit>>,
     paged_to: Option<Position>,
-    /// A page on its way. Kept here so that a watcher may stop waiting and come back to it.
-    paging: Option<BoxFuture<'static, Result<Page, LogError>>>,
+    /// A page on its way. In a task of its own: a watcher that is not polled, because its client does not read, would
+    /// keep its turn and its connection for ever.
+    paging: Option<AbortOnDropHandle<Result<Page, LogError>>>,
 }
 
 /// Why a watch cannot go on.
@@ -152,7 +153,7 @@ impl Cursor {
             if let Some(paging) = &mut self.paging {
                 let page = paging.await;
                 self.paging = None;
-                self.take(page).await?;
+                self.take(page.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))).await?;
                 continue;
             }
             let applied = self.places.borrow_and_update().applied.revision;
@@ -169,12 +170,12 @@ impl Cursor {
         }
     }
 
-    fn page(&self) -> BoxFuture<'static, Result<Page, LogError>> {
+    fn page(&self) -> AbortOnDropHandle<Result<Page, LogError>> {
         let (shared, position) = (self.feed.shared.clone(), self.position);
-        Box::pin(async move {
+        AbortOnDropHandle::new(tokio::spawn(async move {
             let Ok(_turn) = shared.pagers.acquire().await else { unreachable!("the semaphore is never closed") };
             shared.store.read_log(&position, PAGER_LIMIT).await
-        })
+        }))
     }
 
     async fn take(&mut self, page: Result<Page, LogError>) -> Result<(), CursorError> {

@@ -51,14 +51,14 @@ impl Tailer {
     pub async fn run(self) -> Broken {
         let mut position = self.start_over().await;
         loop {
-            // Armed before the read: a nudge between read and wait would otherwise be heard at the next poll only.
+            // A nudge that comes before the wait is kept for it.
             let nudged = self.stepper.nudged();
             match self.catch_up(&mut position).await {
                 Ok(()) => {}
                 Err(LogError::Store(StoreError::Unreachable(cause))) => self.lost(&cause),
                 Err(LogError::Store(error)) => return Broken(error),
                 Err(reason) => {
-                    tracing::error!(%reason, "the store's history was rewritten: starting over with an empty cache");
+                    tracing::error!(%reason, "the change log does not go on from here: starting over with an empty cache");
                     position = self.start_over().await;
                     continue;
                 }

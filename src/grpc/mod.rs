@@ -6,6 +6,7 @@ mod convert;
 mod deadline;
 mod edge;
 mod roles;
+mod snapshot;
 mod status;
 mod token;
 mod transport;
@@ -80,7 +81,7 @@ pub struct Grpc {
 }
 
 impl Grpc {
-    /// The services, and a future that accepts connections for them until [`Grpc::stop`].
+    /// The services, and a future that accepts connections for them until [`Grpc::drain`].
     pub async fn new(
         listener: TcpListener,
         limits: Limits,

@@ -279,9 +279,7 @@ impl Core {
 
 fn query(min_revision: i64, fully_consistent: bool, extensions: &Extensions) -> Result<Query, Fault> {
     let min_revision = convert::revision("min_revision", min_revision)?;
-    let limit = Instant::now() + READ_LIMIT;
-    let deadline = deadline(extensions).map_or(limit, |deadline| deadline.min(limit));
-    Ok(Query { min_revision, fully_consistent, deadline })
+    Ok(Query { min_revision, fully_consistent, deadline: deadline(extensions) })
 }
 
 fn deadline(extensions: &Extensions) -> Option<Instant> {

@@ -15,16 +15,16 @@ use std::{
 
 use async_stream::try_stream;
 use futures::Stream;
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until};
 use tonic::Status;
 
-use super::{Core, convert, status::Fault, token::Resume};
+use super::{Core, convert, snapshot::SnapshotReader, status::Fault, token::Resume};
 use crate::{
     feed::CursorError,
     proto::v1::{self, watch_role_changes_response::Event},
     role::{Anchor, Change, ChangeKind, Commit, RoleName, UserId, UserRow},
     step::{FeedState, History},
-    store::{LogError, SNAPSHOT_LIMIT, Snapshot},
+    store::LogError,
 };
 
 pub(super) type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchRoleChangesResponse, Status>> + Send>>;
@@ -32,9 +32,6 @@ pub(super) type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchRoleChan
 /// Changes in one message, and about how many bytes of text: clients take 4 MiB by default.
 const MESSAGE_CHANGES: usize = 1_000;
 const MESSAGE_BYTES: usize = 1 << 20;
-
-/// How long a watch waits for its turn to read a snapshot.
-const SNAPSHOT_TURN: Duration = Duration::from_secs(5);
 
 /// Counts the open watches.
 pub(super) struct Watches {
@@ -98,13 +95,6 @@ async fn start(core: &Core, after: &str, initial_snapshot: bool) -> Result<Start
     match located {
         Ok(anchor) => Ok(Start::Resumed(anchor, place.history)),
         Err(LogError::Compacted { .. } | LogError::HistoryChanged { .. }) if initial_snapshot => Ok(Start::Snapshot),
-        // A token came from a commit: where the store does not have it yet, it has lost it.
-        Err(LogError::Unknown { head, .. }) if matches!(resume, Resume::After { .. }) => {
-            if initial_snapshot {
-                return Ok(Start::Snapshot);
-            }
-            Err(Fault::HistoryChanged { store_id: core.store.facts().store_id, revision: head })
-        }
         Err(error) => Err(Fault::log(error, core.store.facts().store_id)),
     }
 }
@@ -132,18 +122,12 @@ impl Watch {
                     self.core.feed.after(anchor, history)
                 }
                 Start::Snapshot => {
-                    let Ok(Ok(_turn)) = timeout(SNAPSHOT_TURN, self.core.snapshots.acquire()).await else {
-                        Err(Fault::Overloaded)?
-                    };
-                    let until = Instant::now() + SNAPSHOT_LIMIT;
-                    let history = self.core.step.history();
-                    let mut snapshot = self.core.store.snapshot().await.map_err(Fault::store)?;
-                    let anchor = snapshot.anchor();
-                    // Who learns of a role from the snapshot and then reads must not get an older one.
-                    self.core.applied(anchor.revision).await?;
+                    let history = self.core.step.place().history;
+                    let mut snapshot = SnapshotReader::start(self.core.clone());
+                    let anchor = self.unless_over(snapshot.anchor()).await??;
                     yield self.started(anchor, false);
                     loop {
-                        let (users, last) = self.chunk(&mut *snapshot, until).await?;
+                        let (users, last) = self.unless_over(self.chunk(&mut snapshot)).await??;
                         yield response(Event::Snapshot(v1::Snapshot { users, last }));
                         if last {
                             break;
@@ -180,9 +164,10 @@ impl Watch {
                             Fault::cursor(error, store_id, self.core.step.place().applied)
                         })?;
                         let ends = !cursor.is_inside_a_commit();
-                        let mut messages = self.messages(&commit, ends, inside).into_iter().peekable();
-                        inside = !ends && (inside || messages.peek().is_some());
-                        for message in messages {
+                        // One message at a time: a client that does not read holds one, whatever the commit's size.
+                        let mut from = 0;
+                        while let Some(message) = self.message(&commit, &mut from, ends, inside) {
+                            inside = message.partial;
                             yield response(Event::Commit(message));
                         }
                     }
@@ -217,14 +202,19 @@ impl Watch {
         }))
     }
 
+    /// What `step` brings, unless the server or the client ends first.
+    async fn unless_over<T>(&self, step: impl Future<Output = T>) -> Result<T, Fault> {
+        tokio::select! {
+            () = self.core.shutdown.cancelled() => Err(Fault::ShuttingDown),
+            () = self.deadline() => Err(Fault::Deadline),
+            done = step => Ok(done),
+        }
+    }
+
     /// The next users of a snapshot that pass the filter, and whether they are the last.
-    async fn chunk(&self, snapshot: &mut dyn Snapshot, until: Instant) -> Result<(Vec<v1::UserRole>, bool), Fault> {
+    async fn chunk(&self, snapshot: &mut SnapshotReader) -> Result<(Vec<v1::UserRole>, bool), Fault> {
         loop {
-            let next = tokio::select! {
-                () = self.core.shutdown.cancelled() => return Err(Fault::ShuttingDown),
-                next = timeout_at(until, snapshot.next()) => next,
-            };
-            let rows = next.map_err(|_| Fault::Deadline)?.map_err(Fault::store)?;
+            let rows = snapshot.next().await?;
             let last = rows.is_empty();
             let users: Vec<_> =
                 rows.into_iter().filter(|row| self.filter.passes_user(row)).map(convert::user_role).collect();
@@ -234,33 +224,28 @@ impl Watch {
         }
     }
 
-    /// The messages for a commit, or for a run of one: those of `changes` that pass the filter. `inside` says that
-    /// parts have been sent before, `ends` that none follow.
-    fn messages(&self, commit: &Commit, ends: bool, inside: bool) -> Vec<v1::Commit> {
+    /// The next message for a commit, or for a run of one: of its changes from `from` on those that pass the filter.
+    /// `inside` says that parts have been sent before, `ends` that none follow this run.
+    fn message(&self, commit: &Commit, from: &mut usize, ends: bool, inside: bool) -> Option<v1::Commit> {
         let facts = self.core.store.facts();
-        let mut runs: Vec<Vec<v1::RoleChange>> = Vec::new();
+        let mut changes: Vec<v1::RoleChange> = Vec::new();
         let mut bytes = 0;
-        for change in commit.changes.iter().filter(|change| self.filter.passes(change, &facts.admin_role)) {
-            let change = convert::change(change, commit.revision, commit.at, &facts.admin_role);
-            let size = prost::Message::encoded_len(&change);
-            match runs.last_mut() {
-                Some(run) if run.len() < MESSAGE_CHANGES && bytes + size <= MESSAGE_BYTES => {
-                    bytes += size;
-                    run.push(change);
+        let mut is_last = ends;
+        while let Some(change) = commit.changes.get(*from) {
+            if self.filter.passes(change, &facts.admin_role) {
+                let change = convert::change(change, commit.revision, commit.at, &facts.admin_role);
+                bytes += prost::Message::encoded_len(&change);
+                if !changes.is_empty() && (changes.len() == MESSAGE_CHANGES || bytes > MESSAGE_BYTES) {
+                    is_last = false;
+                    break;
                 }
-                _ => {
-                    bytes = size;
-                    runs.push(vec![change]);
-                }
+                changes.push(change);
             }
+            *from += 1;
         }
-        if runs.is_empty() && ends && inside {
-            // The end of a commit of which parts have been sent has to be told, if need be with nothing in it.
-            runs.push(Vec::new());
-        }
-        let last = runs.len().wrapping_sub(1);
-        let message = |(index, run)| convert::commit(commit, run, !(ends && index == last), facts.store_id);
-        runs.into_iter().enumerate().map(message).collect()
+        // The end of a commit of which parts have been sent has to be told, if need be with nothing in it.
+        let is_due = !changes.is_empty() || (ends && inside);
+        is_due.then(|| convert::commit(commit, changes, !is_last, facts.store_id))
     }
 }
 

@@ -1,0 +1,88 @@
+//! A snapshot for one watch, read by a task of its own.
+//!
+//! The watch is not polled while its client does not read; the task ends in time all the same, and with it the
+//! transaction that it holds open in the store and its turn, which others wait for.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Core, status::Fault};
+use crate::{
+    role::{Anchor, UserRow},
+    store::SNAPSHOT_LIMIT,
+};
+
+/// How long a watch waits for its turn.
+const TURN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Where the chunks come from. Dropped, it ends the task.
+pub(super) struct SnapshotReader {
+    anchor: Option<oneshot::Receiver<Result<Anchor, Fault>>>,
+    chunks: mpsc::Receiver<Result<Vec<UserRow>, Fault>>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl SnapshotReader {
+    pub(super) fn start(core: Arc<Core>) -> Self {
+        let (begun, anchor) = oneshot::channel();
+        let (sender, chunks) = mpsc::channel(1);
+        let task = tokio::spawn(async move {
+            // Too slow a client finds the channel closed before the last chunk.
+            let _ = timeout(SNAPSHOT_LIMIT, read(core, begun, sender)).await;
+        });
+        Self { anchor: Some(anchor), chunks, _task: AbortOnDropHandle::new(task) }
+    }
+
+    /// The commit that the snapshot is as of, once this replica has applied it too.
+    ///
+    /// # Panics
+    /// On a second call.
+    pub(super) async fn anchor(&mut self) -> Result<Anchor, Fault> {
+        let anchor = self.anchor.take().expect("asked once");
+        anchor.await.unwrap_or(Err(Fault::Overloaded))
+    }
+
+    /// The next chunk; empty at the end.
+    pub(super) async fn next(&mut self) -> Result<Vec<UserRow>, Fault> {
+        self.chunks.recv().await.unwrap_or(Err(Fault::Overloaded))
+    }
+}
+
+async fn read(
+    core: Arc<Core>,
+    begun: oneshot::Sender<Result<Anchor, Fault>>,
+    chunks: mpsc::Sender<Result<Vec<UserRow>, Fault>>,
+) {
+    let Ok(Ok(_turn)) = timeout(TURN_LIMIT, core.snapshots.acquire()).await else {
+        let _ = begun.send(Err(Fault::Overloaded));
+        return;
+    };
+    let opened = async {
+        let snapshot = core.store.snapshot().await.map_err(Fault::store)?;
+        // Who learns of a role from the snapshot and then reads must not get an older one.
+        core.applied(snapshot.anchor().revision).await?;
+        Ok(snapshot)
+    };
+    let mut snapshot = match opened.await {
+        Ok(snapshot) => {
+            let _ = begun.send(Ok(snapshot.anchor()));
+            snapshot
+        }
+        Err(fault) => {
+            let _ = begun.send(Err(fault));
+            return;
+        }
+    };
+    loop {
+        let chunk = snapshot.next().await.map_err(Fault::store);
+        let is_last = chunk.as_ref().map_or(true, Vec::is_empty);
+        if chunks.send(chunk).await.is_err() || is_last {
+            return;
+        }
+    }
+}
