@@ -2,7 +2,8 @@
 //!
 //! Until the load is done, commits leave an entry for every user that they touch, those with the default role too. The
 //! snapshot is taken after that began, and put in only once its revision is applied, and only where no entry is: so what
-//! is there is at least as new, and what is put in is the state at `applied`.
+//! is there is at least as new, and what is put in is the state at `applied`. Entries that go for another reason, with
+//! their history or because a role cannot be kept, spoil the load: it puts nothing in any more.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,13 +12,13 @@ use tokio::time::{sleep, timeout};
 
 use super::{NotKept, RoleCache};
 use crate::{
-    role::UserId,
+    role::{UserId, UserRow},
     step::HistoryEnded,
     store::{SNAPSHOT_LIMIT, StoreError},
 };
 
 #[derive(Debug, thiserror::Error)]
-enum LoadError {
+pub(super) enum LoadError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -50,7 +51,7 @@ impl RoleCache {
         }
     }
 
-    async fn load(&self) -> Result<(), LoadError> {
+    pub(super) async fn load(&self) -> Result<(), LoadError> {
         // Nothing can be loaded before there is a history to load it in.
         self.step.prove().await;
         let before = self.completeness.before_load();
@@ -64,9 +65,14 @@ impl RoleCache {
             if users.is_empty() {
                 break;
             }
-            for row in users {
-                let role = self.names.intern(&row.role).map_err(|reason| LoadError::NotKept(row.user, reason))?;
-                self.entries.insert_if_absent(row.user, role);
+            let intern = |row: UserRow| match self.names.intern(&row.role) {
+                Ok(role) => Ok((row.user, role)),
+                Err(reason) => Err(LoadError::NotKept(row.user, reason)),
+            };
+            let users = users.into_iter().map(intern).collect::<Result<Vec<_>, _>>()?;
+            let insert = || users.iter().for_each(|(user, role)| self.entries.insert_if_absent(*user, *role));
+            if !self.completeness.put_in(before, insert) {
+                return Err(LoadError::Spoiled);
             }
         }
         if !self.completeness.gain(before) {

@@ -7,12 +7,14 @@
 mod entries;
 mod fill;
 mod load;
+#[cfg(test)]
+mod model;
 mod names;
 mod read;
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -98,6 +100,9 @@ struct Counters {
 /// it looked into the table knows that the table was complete all the while.
 struct Completeness {
     state: AtomicU64,
+    /// Held while it is lost together with entries, and while a load puts entries in: what a load has read must not come
+    /// back after its entry went.
+    load: Mutex<()>,
     lost: Notify,
 }
 
@@ -128,7 +133,7 @@ pub fn cache(options: Options, store: Arc<dyn Store>, step: Step) -> (Arc<RoleCa
         entries: Entries::new(capacity),
         fills: Fills::default(),
         queue: sender,
-        completeness: Completeness { state: AtomicU64::new(0), lost: Notify::new() },
+        completeness: Completeness { state: AtomicU64::new(0), load: Mutex::default(), lost: Notify::new() },
         counters: Counters::default(),
     });
     (cache.clone(), Filler { cache, queue })
@@ -161,8 +166,7 @@ impl RoleCache {
                         "a role is not kept in memory: this user is read from the store"
                     );
                     // Before the entry goes: absence must not be taken for the default role.
-                    self.completeness.lose();
-                    self.entries.remove(change.user);
+                    self.completeness.lose(|| self.entries.remove(change.user));
                 }
             }
         }
@@ -171,9 +175,10 @@ impl RoleCache {
 
     /// Forgets everything: what is applied from now on is of another history.
     pub fn reset(&self) {
-        self.completeness.lose();
-        self.fills.overtake_all();
-        self.entries.clear();
+        self.completeness.lose(|| {
+            self.fills.overtake_all();
+            self.entries.clear();
+        });
     }
 
     /// Whether reads find what they need here: always in lazy mode, after the load in complete mode.
@@ -220,10 +225,22 @@ impl Completeness {
         self.state.compare_exchange(before, before + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
-    /// Also where there was none: a load that runs now has missed something.
-    fn lose(&self) {
+    /// Also where there was none: a load that runs now has missed something. The entries that are to go, go with it.
+    fn lose(&self, remove: impl FnOnce()) {
+        let _load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
         let next = |state: u64| Some((state | 1) + 1);
         let _ = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+        remove();
         self.lost.notify_one();
+    }
+
+    /// Puts a load's entries in, unless the load has missed something since `before`.
+    fn put_in(&self, before: u64, insert: impl FnOnce()) -> bool {
+        let _load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_sound = self.before_load() == before;
+        if is_sound {
+            insert();
+        }
+        is_sound
     }
 }
