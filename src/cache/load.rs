@@ -12,13 +12,13 @@ use tokio::time::{sleep, timeout};
 
 use super::{NotKept, RoleCache};
 use crate::{
-    role::UserId,
+    role::{UserId, UserRow},
     step::HistoryEnded,
     store::{SNAPSHOT_LIMIT, StoreError},
 };
 
 #[derive(Debug, thiserror::Error)]
-enum LoadError {
+pub(super) enum LoadError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -51,7 +51,7 @@ impl RoleCache {
         }
     }
 
-    async fn load(&self) -> Result<(), LoadError> {
+    pub(super) async fn load(&self) -> Result<(), LoadError> {
         // Nothing can be loaded before there is a history to load it in.
         self.step.started().await;
         let before = self.completeness.before_load();

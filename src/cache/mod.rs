@@ -7,6 +7,8 @@
 mod entries;
 mod fill;
 mod load;
+#[cfg(test)]
+mod model;
 mod names;
 mod read;
 
@@ -238,5 +240,15 @@ impl Completeness {
         let _ = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
         take_out();
         self.lost.notify_one();
+    }
+
+    /// Puts a load's entries in, unless the load has missed something since `before`.
+    fn put_in(&self, before: u64, insert: impl FnOnce()) -> bool {
+        let _load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_sound = self.before_load() == before;
+        if is_sound {
+            insert();
+        }
+        is_sound
     }
 }

@@ -16,6 +16,7 @@ on_both! {
     what_changes_between_snapshot_and_insertion_is_not_missed,
     writers_run_during_the_load_and_nothing_is_missed,
     a_role_that_cannot_be_kept_sends_reads_to_the_store_until_it_is_gone,
+    a_role_that_cannot_be_kept_any_more_is_not_put_back_by_a_load,
     the_load_does_not_begin_before_the_log_is_followed,
 }
 
@@ -172,6 +173,27 @@ async fn a_role_that_cannot_be_kept_sends_reads_to_the_store_until_it_is_gone(db
     tokio::time::timeout(crate::support::server::PATIENCE, loaded).await.expect("complete again in time");
     equals_the_table(&db, &server, &[1, 2, 9, 10, 11, user]).await;
     assert_eq!(server.stats().await.cache_size, 2);
+}
+
+async fn a_role_that_cannot_be_kept_any_more_is_not_put_back_by_a_load(db: Db) {
+    seeded(&db, &[(1, "admin"), (2, "moderator")]).await;
+    let gates = Gates::default();
+    gates.snapshot.close();
+    let server = Setup::new(&db).complete().wrap(gates.guard()).start().await;
+    gates.snapshot.arrived().await;
+    // The snapshot has an admin who is none any more, and who has no entry either.
+    let long = "x".repeat(257);
+    let revision = db.put(&[(1, &long)]);
+    server.until_stats("the commit is applied", |stats| stats.revision >= revision).await;
+    gates.snapshot.let_one_pass();
+    // That load is over when the next one comes.
+    gates.snapshot.arrived().await;
+    let read = server.get(1).await;
+    assert_eq!((&*read.role, read.source()), (&*long, Source::Store));
+    server.set(1, "user").await;
+    gates.snapshot.open();
+    server.until_serving().await;
+    is_hit(&server.get(1).await, "user");
 }
 
 async fn the_load_does_not_begin_before_the_log_is_followed(db: Db) {

@@ -1,0 +1,494 @@
+//! The cache against a model: whatever the order in which commits, queries, evictions and new histories come, every
+//! entry is the store's state at `applied`, and every answer is true as of its revision.
+//!
+//! The store here is a list of states in memory, because the schedule has to decide when each query reads and when its
+//! answer arrives; the stores themselves are tested elsewhere.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use proptest::prelude::*;
+use tokio::{
+    sync::Semaphore,
+    task::{JoinHandle, yield_now},
+    time::{Instant, timeout},
+};
+use uuid::Uuid;
+
+use super::{Answer, Mode, Options, Query, ReadError, RoleCache, cache};
+use crate::{
+    role::{Anchor, Change, Commit, MailboxId, Origin, Revision, RoleName, Tag, UserId, UserRow},
+    step::{self, Moment, Stepper},
+    store::{
+        Call, ChangePage, Facts, ListPosition, LogError, Page, Position, Roles, Snapshot, Store, StoreError, StoreKind,
+        Trimmed, UserPage, WriteError, Written,
+    },
+};
+
+const USERS: i64 = 4;
+const DEFAULT: &str = "user";
+/// One that no memory keeps.
+const LONG: &str = match std::str::from_utf8(&[b'x'; 300]) {
+    Ok(text) => text,
+    Err(_) => unreachable!(),
+};
+
+/// Who has which role; who is not in it has the default one.
+type State = BTreeMap<i64, &'static str>;
+
+/// One step of a schedule.
+#[derive(Clone, Debug)]
+enum Op {
+    /// The store commits; this replica does not know yet.
+    Commit(Vec<(i64, Option<&'static str>)>),
+    /// The tailer brings the next commit.
+    Apply,
+    /// Somebody asks.
+    Read(i64, Freshness),
+    /// A query that was sent reads now.
+    LetRead,
+    /// The answer of a query that has read arrives.
+    LetArrive,
+    /// A complete cache is loaded, and each chunk of its snapshot arrives.
+    Load,
+    LetChunkArrive,
+    /// The store loses its last commits, and the tailer finds out.
+    Rewrite(usize),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Freshness {
+    Any,
+    /// At least the store's newest revision.
+    Head,
+    FullyConsistent,
+}
+
+/// All that the store was, by revision, in one history.
+struct Truth {
+    facts: Facts,
+    states: Mutex<Vec<State>>,
+    may_read: Semaphore,
+    may_arrive: Semaphore,
+    chunk_may_arrive: Arc<Semaphore>,
+}
+
+struct Chunks {
+    at: Revision,
+    rows: Vec<UserRow>,
+    may_arrive: Arc<Semaphore>,
+}
+
+/// A read on its way, and what it may expect.
+struct Reader {
+    user: i64,
+    history: usize,
+    at_least: Revision,
+    answer: JoinHandle<Result<Answer, ReadError>>,
+}
+
+/// A cache, its store, and everything that has ever been.
+struct World {
+    truth: Arc<Truth>,
+    cache: Arc<RoleCache>,
+    stepper: Stepper,
+    commits: Vec<Commit>,
+    applied: usize,
+    /// The states of the histories that have ended.
+    ended: Vec<Vec<State>>,
+    readers: Vec<Reader>,
+    loads: Vec<JoinHandle<()>>,
+    /// The newest revision that any answer of this history had.
+    told: Revision,
+}
+
+fn role_in(state: &State, user: i64) -> &'static str {
+    state.get(&user).copied().unwrap_or(DEFAULT)
+}
+
+fn anchor(revision: usize) -> Anchor {
+    Anchor { revision: Revision(revision as i64), tag: Tag(Uuid::nil()) }
+}
+
+// === impl Truth ===
+
+impl Truth {
+    fn new() -> Self {
+        let facts = Facts {
+            kind: StoreKind::Sqlite,
+            store_id: Uuid::nil(),
+            default_role: RoleName::held(DEFAULT),
+            admin_role: RoleName::held("admin"),
+            about: String::new(),
+            adopted: String::new(),
+        };
+        Self {
+            facts,
+            states: Mutex::new(vec![State::new()]),
+            may_read: Semaphore::new(0),
+            may_arrive: Semaphore::new(0),
+            chunk_may_arrive: Arc::new(Semaphore::new(0)),
+        }
+    }
+
+    fn newest(&self) -> (usize, State) {
+        let states = self.states.lock().unwrap();
+        (states.len() - 1, states.last().unwrap().clone())
+    }
+}
+
+#[async_trait]
+impl Store for Truth {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    async fn head(&self) -> Result<Anchor, StoreError> {
+        Ok(anchor(self.newest().0))
+    }
+
+    async fn roles(&self, users: &[UserId]) -> Result<Roles, StoreError> {
+        self.may_read.acquire().await.unwrap().forget();
+        let (head, state) = self.newest();
+        self.may_arrive.acquire().await.unwrap().forget();
+        let roles = users.iter().map(|user| RoleName::held(role_in(&state, user.0))).collect();
+        Ok(Roles { head: anchor(head), roles })
+    }
+
+    async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
+        let (head, state) = self.newest();
+        let row =
+            |(user, role): (&i64, &&str)| UserRow { user: UserId(*user), role: RoleName::held(role), username: None };
+        let rows = state.iter().filter(|(_, role)| **role != DEFAULT).map(row).collect();
+        Ok(Box::new(Chunks { at: Revision(head as i64), rows, may_arrive: self.chunk_may_arrive.clone() }))
+    }
+
+    async fn read_log(&self, _: &Position, _: usize) -> Result<Page, LogError> {
+        unreachable!("the test itself is the tailer")
+    }
+
+    async fn locate(&self, _: Revision, _: Option<Tag>) -> Result<Anchor, LogError> {
+        unreachable!()
+    }
+
+    async fn write(&self, _: &[Call]) -> Vec<Result<Written, WriteError>> {
+        unreachable!()
+    }
+
+    async fn mailbox(&self, _: MailboxId) -> Result<Option<UserId>, StoreError> {
+        unreachable!()
+    }
+
+    async fn list_users(&self, _: Option<&str>, _: Option<UserId>, _: usize) -> Result<UserPage, StoreError> {
+        unreachable!()
+    }
+
+    async fn list_changes(&self, _: Option<UserId>, _: ListPosition, _: usize) -> Result<ChangePage, LogError> {
+        unreachable!()
+    }
+
+    async fn trim(&self, _: Duration) -> Result<Trimmed, StoreError> {
+        unreachable!()
+    }
+
+    async fn check_triggers(&self) -> Result<Vec<String>, StoreError> {
+        unreachable!()
+    }
+
+    async fn listen(&self, _: &(dyn Fn() + Send + Sync)) -> StoreError {
+        unreachable!()
+    }
+
+    fn poll_at_least_every(&self) -> Option<Duration> {
+        None
+    }
+
+    async fn close(&self) {}
+}
+
+#[async_trait]
+impl Snapshot for Chunks {
+    fn anchor(&self) -> Anchor {
+        anchor(self.at.0 as usize)
+    }
+
+    async fn next(&mut self) -> Result<Vec<UserRow>, StoreError> {
+        self.may_arrive.acquire().await.unwrap().forget();
+        Ok(self.rows.pop().into_iter().collect())
+    }
+}
+
+// === impl World ===
+
+impl World {
+    fn new(mode: Mode) -> Self {
+        let truth = Arc::new(Truth::new());
+        let (stepper, step) = step::start();
+        stepper.begin_history();
+        stepper.follow_from(anchor(0));
+        let options = Options { mode, max_staleness: Duration::from_secs(60), fallback_reads: 1_000, oversized: 2 };
+        let (cache, filler) = cache(options, truth.clone(), step);
+        tokio::spawn(filler.run());
+        Self {
+            truth,
+            cache,
+            stepper,
+            commits: Vec::new(),
+            applied: 0,
+            ended: Vec::new(),
+            readers: Vec::new(),
+            loads: Vec::new(),
+            told: Revision(0),
+        }
+    }
+
+    async fn run(mode: Mode, schedule: &[Op]) {
+        let mut world = Self::new(mode);
+        for op in schedule {
+            world.step(op).await;
+        }
+        world.finish().await;
+    }
+
+    async fn step(&mut self, op: &Op) {
+        // How old a proof may be is another test's matter.
+        self.stepper.prove(Moment::now());
+        match op {
+            Op::Commit(changes) => self.commit(changes),
+            Op::Apply => self.apply(),
+            Op::Read(user, freshness) => self.read(*user, *freshness),
+            Op::LetRead => self.truth.may_read.add_permits(1),
+            Op::LetArrive => self.truth.may_arrive.add_permits(1),
+            Op::Load if self.cache.options.mode == Mode::Complete && !self.cache.is_loaded() => {
+                let cache = self.cache.clone();
+                self.loads.push(tokio::spawn(async move { drop(cache.load().await) }));
+            }
+            Op::Load => {}
+            Op::LetChunkArrive => self.truth.chunk_may_arrive.add_permits(1),
+            Op::Rewrite(lost) => self.rewrite(*lost),
+        }
+        self.settle().await;
+    }
+
+    /// Lets every task go as far as it can.
+    async fn settle(&mut self) {
+        for _ in 0..40 {
+            yield_now().await;
+        }
+        self.check_entries();
+        let (ended, running) = self.readers.drain(..).partition(|reader| reader.answer.is_finished());
+        self.readers = running;
+        for reader in ended {
+            self.check_answer(reader).await;
+        }
+    }
+
+    fn commit(&mut self, changes: &[(i64, Option<&'static str>)]) {
+        let mut states = self.truth.states.lock().unwrap();
+        let mut state = states.last().unwrap().clone();
+        let revision = states.len();
+        let log = changes.iter().enumerate().map(|(index, (user, new))| Change {
+            index: index as u64,
+            user: UserId(*user),
+            old: match new {
+                Some(role) => state.insert(*user, role),
+                None => state.remove(user),
+            }
+            .map(RoleName::held),
+            new: new.map(RoleName::held),
+            username: None,
+            origin: Origin::Sql,
+            actor: "model".into(),
+            reason: None,
+            transfer: None,
+        });
+        let changes: Vec<Change> = log.collect();
+        let Anchor { revision, tag } = anchor(revision);
+        let size = changes.len() as u64;
+        self.commits.push(Commit { revision, tag, at: SystemTime::UNIX_EPOCH, size, changes });
+        states.push(state);
+    }
+
+    fn apply(&mut self) {
+        if let Some(commit) = self.commits.get(self.applied) {
+            self.cache.apply(commit);
+            self.stepper.saw_head(commit.revision);
+            self.stepper.advance(commit.anchor());
+            self.applied += 1;
+        }
+    }
+
+    fn read(&mut self, user: i64, freshness: Freshness) {
+        let (head, _) = self.truth.newest();
+        let head = Revision(head as i64);
+        let (min_revision, fully_consistent, asked) = match freshness {
+            Freshness::Any => (Revision(0), false, Revision(0)),
+            Freshness::Head => (head, false, head),
+            Freshness::FullyConsistent => (Revision(0), true, head),
+        };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let (cache, query) = (self.cache.clone(), Query { min_revision, fully_consistent, deadline });
+        self.readers.push(Reader {
+            user,
+            history: self.ended.len(),
+            // Nor older than what anybody was told before it began.
+            at_least: asked.max(self.told),
+            answer: tokio::spawn(async move { cache.get(UserId(user), query).await }),
+        });
+    }
+
+    fn rewrite(&mut self, lost: usize) {
+        let mut states = self.truth.states.lock().unwrap();
+        self.ended.push(states.clone());
+        let kept = states.len().saturating_sub(lost).max(1);
+        states.truncate(kept);
+        // Not a prefix of what was: the new history has a commit of its own in place of those that it lost.
+        let mut state = states.last().unwrap().clone();
+        state.insert(1 + lost as i64 % USERS, "moderator");
+        states.push(state);
+        let head = anchor(states.len() - 1);
+        drop(states);
+        self.commits.truncate(kept - 1);
+        self.commits.push(Commit {
+            revision: head.revision,
+            tag: head.tag,
+            at: SystemTime::UNIX_EPOCH,
+            size: 0,
+            changes: Vec::new(),
+        });
+        self.applied = self.commits.len();
+        self.told = Revision(0);
+        self.stepper.begin_history();
+        self.cache.reset();
+        self.stepper.follow_from(head);
+        self.stepper.prove(Moment::now());
+    }
+
+    /// *Prefix*: every entry is the state at `applied`; and where absence is an answer, it is the right one.
+    fn check_entries(&self) {
+        let states = self.truth.states.lock().unwrap();
+        let state = &states[self.applied];
+        let complete = self.cache.completeness.number().is_some();
+        for user in 1..=USERS {
+            let held = self.cache.entries.get(UserId(user)).map(|id| self.cache.names.name(id));
+            let role = role_in(state, user);
+            match held {
+                Some(held) => {
+                    assert_eq!(held.as_str(), role, "the entry of {user} at {}", self.applied);
+                    assert!(!complete || role != DEFAULT, "{user} takes memory for nothing");
+                }
+                None => assert!(!complete || role == DEFAULT, "{user} is not in a complete cache"),
+            }
+        }
+        if let Mode::Lazy { capacity: Some(capacity) } = self.cache.options.mode {
+            assert!(self.cache.entries.len() <= capacity);
+        }
+    }
+
+    async fn check_answer(&mut self, reader: Reader) {
+        let answer = match reader.answer.await.unwrap() {
+            Ok(answer) => answer,
+            // Its history ended under it: it was told so, or that its revision is gone.
+            Err(_) if reader.history != self.ended.len() => return,
+            Err(error) => panic!("the read of {} failed: {error}", reader.user),
+        };
+        assert!(!answer.stale);
+        let is_true = |states: &[State]| {
+            let since = usize::try_from(answer.revision.0).unwrap();
+            states.iter().skip(since).any(|state| role_in(state, reader.user) == answer.role.as_str())
+        };
+        let now = self.truth.states.lock().unwrap().clone();
+        if reader.history == self.ended.len() {
+            assert!(answer.revision >= reader.at_least, "{answer:?} is older than {:?}", reader.at_least);
+            assert!(answer.revision.0 <= self.applied as i64, "{answer:?} is ahead of the cache");
+            assert!(is_true(&now), "{answer:?} of {} was never true since", reader.user);
+            self.told = self.told.max(answer.revision);
+        } else {
+            let mut histories = self.ended[reader.history..].iter().chain([&now]);
+            assert!(histories.any(|states| is_true(states)), "{answer:?} of {} was never true", reader.user);
+        }
+    }
+
+    /// Everything arrives: then everybody has an answer, and every user the role that the store says.
+    async fn finish(mut self) {
+        self.truth.may_read.add_permits(10_000);
+        self.truth.may_arrive.add_permits(10_000);
+        self.truth.chunk_may_arrive.add_permits(10_000);
+        while self.applied < self.commits.len() {
+            self.step(&Op::Apply).await;
+        }
+        self.settle().await;
+        let until = Instant::now() + Duration::from_secs(20);
+        while !self.readers.is_empty() {
+            assert!(Instant::now() < until, "{} reads never end", self.readers.len());
+            self.stepper.prove(Moment::now());
+            self.settle().await;
+        }
+        for load in self.loads.drain(..) {
+            timeout(Duration::from_secs(20), load).await.expect("a load never ends").unwrap();
+        }
+        let (_, state) = self.truth.newest();
+        for user in 1..=USERS {
+            let query = Query {
+                min_revision: Revision(0),
+                fully_consistent: false,
+                deadline: Instant::now() + Duration::from_secs(20),
+            };
+            self.stepper.prove(Moment::now());
+            let answer = self.cache.get(UserId(user), query).await.unwrap();
+            assert_eq!(answer.role.as_str(), role_in(&state, user), "of {user} in the end");
+        }
+    }
+}
+
+fn any_op() -> impl Strategy<Value = Op> {
+    let user = || 1..=USERS;
+    let role = prop_oneof![
+        2 => Just(None),
+        2 => Just(Some("user")),
+        3 => Just(Some("admin")),
+        3 => Just(Some("moderator")),
+        1 => Just(Some(LONG)),
+    ];
+    let freshness = prop_oneof![
+        3 => Just(Freshness::Any),
+        1 => Just(Freshness::Head),
+        1 => Just(Freshness::FullyConsistent),
+    ];
+    prop_oneof![
+        4 => prop::collection::vec((user(), role), 1..4).prop_map(Op::Commit),
+        4 => Just(Op::Apply),
+        5 => (user(), freshness).prop_map(|(user, freshness)| Op::Read(user, freshness)),
+        4 => Just(Op::LetRead),
+        4 => Just(Op::LetArrive),
+        1 => Just(Op::Load),
+        2 => Just(Op::LetChunkArrive),
+        1 => (0_usize..4).prop_map(Op::Rewrite),
+    ]
+}
+
+fn any_mode() -> impl Strategy<Value = Mode> {
+    prop_oneof![
+        Just(Mode::Lazy { capacity: None }),
+        Just(Mode::Lazy { capacity: Some(1) }),
+        Just(Mode::Lazy { capacity: Some(2) }),
+        Just(Mode::Complete),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_the_order_the_cache_is_a_state_of_the_store(
+        mode in any_mode(),
+        schedule in prop::collection::vec(any_op(), 1..60),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(World::run(mode, &schedule));
+    }
+}
