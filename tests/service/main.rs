@@ -20,3 +20,5 @@ macro_rules! on_both {
 }
 
 mod reads;
+mod resume;
+mod watch;
