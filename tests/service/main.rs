@@ -19,6 +19,9 @@ macro_rules! on_both {
     };
 }
 
+mod ordering;
+mod plain_sql;
 mod reads;
 mod resume;
+mod scenarios;
 mod watch;

@@ -393,7 +393,11 @@ impl Random {
             Err(_) => std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64,
         };
         println!("{test}: ROLECACHE_TEST_SEED={seed}");
-        Self(seed | 1)
+        Self::from_seed(seed)
+    }
+
+    pub(crate) fn from_seed(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
