@@ -150,8 +150,7 @@ async fn the_day_goes_as_told_step_by_step(db: Db) {
             }
         }
         check_stats(at, &expected["stats"], &server.stats().await);
-        // These reads count, too, and are left out of the figures that follow: they are put to a server of their own
-        // where one can be had, and to the store otherwise.
+        // From the store itself: such reads are neither hits nor misses, and the figures that follow leave them out.
         for (user, role) in expected.get("roles_after").and_then(Value::as_object).into_iter().flatten() {
             let request =
                 GetRoleRequest { user_id: user.parse().unwrap(), fully_consistent: true, ..Default::default() };
