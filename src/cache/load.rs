@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{NotKept, RoleCache};
 use crate::{
-    role::{UserId, UserRow},
+    role::UserId,
     step::HistoryEnded,
     store::{SNAPSHOT_LIMIT, StoreError},
 };

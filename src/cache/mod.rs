@@ -241,14 +241,4 @@ impl Completeness {
         take_out();
         self.lost.notify_one();
     }
-
-    /// Puts a load's entries in, unless the load has missed something since `before`.
-    fn put_in(&self, before: u64, insert: impl FnOnce()) -> bool {
-        let _load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_sound = self.before_load() == before;
-        if is_sound {
-            insert();
-        }
-        is_sound
-    }
 }

@@ -197,15 +197,17 @@ impl RoleCacheService for RoleService {
             "" => ListPosition { revision: after, inside: None, kept_only },
             token => {
                 let place = ChangesPlace::parse(token, listing).map_err(|_| broken_page_token())?;
-                ListPosition { revision: place.revision, inside: Some((place.index + 1, place.row)), kept_only }
+                ListPosition { revision: place.revision, inside: Some((place.index, place.row)), kept_only }
             }
         };
         let page = core.store.list_changes(user, from, limit + 1).await;
         let mut page = page.map_err(|error| Fault::log(error, core.store.facts().store_id))?;
         core.applied(page.head.revision).await?;
-        let next_page_token = last_of_page(&mut page.changes, limit).map_or_else(String::new, |last| {
-            ChangesPlace { listing, revision: last.revision, index: last.change.index, row: last.row }.token()
+        // The place of the change that was read beyond the page: the next page starts with it.
+        let next_page_token = page.changes.get(limit).map_or_else(String::new, |next| {
+            ChangesPlace { listing, revision: next.revision, index: next.change.index, row: next.row }.token()
         });
+        page.changes.truncate(limit);
         let change = |listed: &crate::store::ListedChange| {
             convert::change(&listed.change, listed.revision, listed.at, &core.store.facts().admin_role)
         };

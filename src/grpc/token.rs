@@ -22,12 +22,12 @@ pub(super) struct UsersPlace {
     pub(super) after: UserId,
 }
 
-/// A place in ListRoleChanges: inside or at the end of a commit.
+/// A place in ListRoleChanges: the change that the next page starts with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct ChangesPlace {
     pub(super) listing: Listing,
     pub(super) revision: Revision,
-    /// The index of the last change listed, and the store's key of it.
+    /// Its index, and the store's key of it.
     pub(super) index: u64,
     pub(super) row: i64,
 }

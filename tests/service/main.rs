@@ -21,8 +21,13 @@ macro_rules! on_both {
 
 mod capacity;
 mod complete;
+mod ordering;
+mod plain_sql;
 mod races;
 mod reads;
+mod resume;
+mod scenarios;
 mod staleness;
 mod stats;
+mod watch;
 mod writes;

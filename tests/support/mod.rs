@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod calls;
+pub mod child;
 pub mod gates;
 pub mod postgres;
 pub mod proxy;

@@ -10,8 +10,8 @@ use std::{
 use rolecache::{
     cache, feed, grpc,
     proto::v1::{
-        GetRoleRequest, GetRoleResponse, SetRoleRequest, SetRoleResponse, StatsRequest, StatsResponse,
-        WatchRoleChangesRequest, role_cache_service_client::RoleCacheServiceClient,
+        GetRoleRequest, GetRoleResponse, ListRoleChangesRequest, RoleChange, SetRoleRequest, SetRoleResponse,
+        StatsRequest, StatsResponse, WatchRoleChangesRequest, role_cache_service_client::RoleCacheServiceClient,
     },
     role::RoleName,
     server::{Options, Server, ServerError},
@@ -34,6 +34,13 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub enum Db {
     Postgres { url: String },
     Sqlite { directory: TempDir },
+}
+
+/// The shell of a database, to be handed to other tasks.
+#[derive(Clone)]
+pub enum Shell {
+    Psql(String),
+    Sqlite(PathBuf),
 }
 
 /// How a server is to be built. The defaults are those of `serve`, with shorter intervals.
@@ -85,27 +92,52 @@ impl Db {
         }
     }
 
+    pub fn shell(&self) -> Shell {
+        match self {
+            Self::Postgres { url } => Shell::Psql(url.clone()),
+            Self::Sqlite { .. } => Shell::Sqlite(self.file()),
+        }
+    }
+
+    pub fn is_postgres(&self) -> bool {
+        matches!(self, Self::Postgres { .. })
+    }
+
     /// Runs SQL in the database's own shell, as a stranger would, and answers what it prints.
     #[track_caller]
     pub fn sql(&self, sql: &str) -> String {
-        match self {
-            Self::Postgres { url } => psql(url, sql),
-            Self::Sqlite { .. } => {
-                let ran = std::process::Command::new("sqlite3")
-                    .arg("-cmd")
-                    .arg(".timeout 5000")
-                    .arg(self.file())
-                    .arg(sql)
-                    .output()
-                    .expect("run the sqlite3 shell");
-                assert!(ran.status.success(), "{sql}: {}", String::from_utf8_lossy(&ran.stderr));
-                String::from_utf8(ran.stdout).unwrap()
-            }
-        }
+        self.shell().run(sql)
     }
 
     pub async fn serve(&self) -> TestServer {
         Setup::new(self).serve().await
+    }
+}
+
+// === impl Shell ===
+
+impl Shell {
+    #[track_caller]
+    pub fn run(&self, sql: &str) -> String {
+        match self {
+            Self::Psql(url) => psql(url, sql),
+            Self::Sqlite(file) => {
+                let ran = std::process::Command::new("sqlite3")
+                    .args(["-batch", "-bail", "-cmd", ".timeout 20000"])
+                    .arg(file)
+                    .arg(sql)
+                    .output()
+                    .expect("run the sqlite3 shell");
+                assert!(ran.status.success(), "{sql}: {}", String::from_utf8_lossy(&ran.stderr));
+                String::from_utf8(ran.stdout).unwrap().trim_end().to_owned()
+            }
+        }
+    }
+
+    /// The same, while the test's other tasks go on.
+    pub async fn go(&self, sql: impl Into<String>) -> String {
+        let (shell, sql) = (self.clone(), sql.into());
+        tokio::task::spawn_blocking(move || shell.run(&sql)).await.unwrap()
     }
 }
 
@@ -247,6 +279,21 @@ impl TestServer {
     /// Opens a watch, whose first message it takes.
     pub async fn watch(&self, request: WatchRoleChangesRequest) -> Watching {
         Watching::open(self.client.clone(), request).await.expect("open a watch")
+    }
+
+    /// Every change that the log still holds, oldest first.
+    pub async fn log(&self) -> Vec<RoleChange> {
+        let mut log = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = ListRoleChangesRequest { page_size: 1_000, page_token, ..Default::default() };
+            let page = self.client.clone().list_role_changes(request).await.expect("ListRoleChanges").into_inner();
+            log.extend(page.changes);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                return log;
+            }
+        }
     }
 
     /// Waits until this server has applied `revision`.

@@ -49,14 +49,17 @@ impl Watching {
     }
 
     /// The next message of a commit; heartbeats before it are passed over.
-    pub async fn next_commit_message(&mut self) -> Commit {
-        loop {
-            match self.next().await {
-                Event::Commit(commit) => return commit,
-                Event::Heartbeat(_) => {}
-                other => panic!("{other:?} where a commit was due"),
+    #[track_caller]
+    pub fn next_commit_message(&mut self) -> impl Future<Output = Commit> {
+        in_time("a commit", async {
+            loop {
+                match self.next().await {
+                    Event::Commit(commit) => return commit,
+                    Event::Heartbeat(_) => {}
+                    other => panic!("{other:?} where a commit was due"),
+                }
             }
-        }
+        })
     }
 
     /// The next commit, put together from its parts.
@@ -89,23 +92,29 @@ impl Watching {
     }
 
     /// Reads until a commit or heartbeat of at least `revision`.
-    pub async fn until(&mut self, revision: i64) {
-        loop {
-            match self.next().await {
-                Event::Commit(commit) if !commit.partial && commit.revision >= revision => return,
-                Event::Heartbeat(heartbeat) if heartbeat.revision >= revision => return,
-                _ => {}
+    #[track_caller]
+    pub fn until(&mut self, revision: i64) -> impl Future<Output = ()> {
+        in_time("a revision", async move {
+            loop {
+                match self.next().await {
+                    Event::Commit(commit) if !commit.partial && commit.revision >= revision => return,
+                    Event::Heartbeat(heartbeat) if heartbeat.revision >= revision => return,
+                    _ => {}
+                }
             }
-        }
+        })
     }
 
     /// Reads to the error that ends the watch.
-    pub async fn until_end(&mut self) -> Status {
-        loop {
-            if let Err(status) = self.try_next().await {
-                return status;
+    #[track_caller]
+    pub fn until_end(&mut self) -> impl Future<Output = Status> {
+        in_time("the end of the watch", async {
+            loop {
+                if let Err(status) = self.try_next().await {
+                    return status;
+                }
             }
-        }
+        })
     }
 
     /// Nothing comes for so long but heartbeats.
@@ -155,6 +164,13 @@ impl Watching {
             "heard of {change:?}, then read {answer:?}"
         );
     }
+}
+
+/// Heartbeats alone must not keep a test waiting.
+#[track_caller]
+fn in_time<T>(what: &str, wait: impl Future<Output = T>) -> impl Future<Output = T> {
+    let caller = std::panic::Location::caller();
+    async move { timeout(3 * PATIENCE, wait).await.unwrap_or_else(|_| panic!("{caller}: {what} should come in time")) }
 }
 
 async fn next(stream: &mut Streaming<WatchRoleChangesResponse>) -> Result<Event, Status> {
