@@ -228,9 +228,11 @@ impl MigrateArgs {
 
 impl StoreArgs {
     fn validate(self, migrate: bool) -> Result<store::Options, ConfigError> {
-        let given = self.database_url.map(|url| ("--database-url", url));
-        let environment = || std::env::var("DATABASE_URL").ok().map(|url| ("DATABASE_URL", url));
-        let url = match given.or_else(environment).filter(|(_, url)| !url.trim().is_empty()) {
+        // Set and empty, as a compose file leaves a variable, is not set.
+        let is_set = |(_, url): &(&str, String)| !url.trim().is_empty();
+        let given = self.database_url.map(|url| ("--database-url", url)).filter(is_set);
+        let environment = || std::env::var("DATABASE_URL").ok().map(|url| ("DATABASE_URL", url)).filter(is_set);
+        let url = match given.or_else(environment) {
             Some((setting, url)) => check_url(setting, url.trim())?,
             None => "sqlite://rolecache.db".to_owned(),
         };
@@ -291,6 +293,9 @@ fn check_url(setting: &'static str, url: &str) -> Result<String, ConfigError> {
         },
         Some("sqlite") if url.contains(":memory:") || url.contains("mode=memory") => {
             "must name a file: a database in memory would lose what it answered OK to".to_owned()
+        }
+        Some("sqlite") if url.contains('?') => {
+            "must name a file alone, as in sqlite://rolecache.db, without parameters".to_owned()
         }
         Some("sqlite") if url.contains("://") && url.len() > "sqlite://".len() => return Ok(url.to_owned()),
         Some("sqlite") => "must name a file, as in sqlite://rolecache.db".to_owned(),

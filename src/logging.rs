@@ -38,7 +38,9 @@ pub fn parse_filter(filter: &str) -> Result<EnvFilter, String> {
 /// Starts logging. A second call in one process changes nothing.
 pub fn init(options: &LogOptions) {
     let filter = parse_filter(&options.filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // A line that cannot be written is lost. Its error would go to the same stderr, by a macro that panics: whoever
+    // read the log and left would take the server along.
+    let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).log_internal_errors(false);
     // An earlier subscriber, as of a test, stays.
     let _already_set = match options.format {
         LogFormat::Text => base.with_ansi(colours()).with_target(false).try_init(),

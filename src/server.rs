@@ -177,7 +177,14 @@ fn start(options: &Options, store: Arc<dyn Store>, grpc: &Arc<Grpc>, upkeep: &mu
     upkeep.spawn(never(trim(store.clone(), options.retain_changes, options.upkeep_interval)));
     upkeep.spawn(never(check_triggers(store.clone(), options.upkeep_interval)));
     upkeep.spawn(never(report_health(grpc.clone(), step.clone(), cache.clone())));
-    grpc.open(cache, feed, writer, store, step, options.roles.clone());
+    let (grpc, roles) = (grpc.clone(), options.roles.clone());
+    upkeep.spawn(async move {
+        // Before the first look at the log there is no history: what began before it would end with it, watches by
+        // HISTORY_CHANGED and writes by an unknown outcome.
+        step.proven().await;
+        grpc.open(cache, feed, writer, store, step, roles);
+        std::future::pending().await
+    });
 }
 
 async fn never(task: impl Future<Output = Infallible>) -> String {

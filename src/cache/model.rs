@@ -331,7 +331,7 @@ impl World {
             Freshness::FullyConsistent => (Revision(0), true, head),
         };
         let deadline = Instant::now() + Duration::from_secs(30);
-        let (cache, query) = (self.cache.clone(), Query { min_revision, fully_consistent, deadline });
+        let (cache, query) = (self.cache.clone(), Query { min_revision, fully_consistent, deadline: Some(deadline) });
         self.readers.push(Reader {
             user,
             history: self.ended.len(),
@@ -436,7 +436,7 @@ impl World {
             let query = Query {
                 min_revision: Revision(0),
                 fully_consistent: false,
-                deadline: Instant::now() + Duration::from_secs(20),
+                deadline: Some(Instant::now() + Duration::from_secs(20)),
             };
             self.stepper.prove(Moment::now());
             let answer = self.cache.get(UserId(user), query).await.unwrap();

@@ -76,6 +76,7 @@ fn a_wrong_setting_is_named_with_what_it_accepts() {
         ("--database-url /tmp/roles.db", "must begin with postgres:// or sqlite://"),
         ("--database-url sqlite://", "must name a file"),
         ("--database-url sqlite::memory:", "must name a file"),
+        ("--database-url sqlite://a.db?mode=ro", "must name a file alone"),
     ] {
         let error = serve(flags).expect_err(flags);
         assert!(error.contains(sentence), "{flags}\n  said: {error}\n  not: {sentence}");

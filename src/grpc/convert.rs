@@ -118,8 +118,11 @@ pub(super) fn change_kinds(field: &str, kinds: &[i32]) -> Result<Vec<ChangeKind>
 pub(super) fn heartbeat_interval(interval: Option<prost_types::Duration>) -> Result<Duration, Fault> {
     let Some(interval) = interval else { return Ok(HEARTBEAT) };
     let (least, most) = HEARTBEAT_RANGE;
-    Duration::try_from(interval)
+    // By hand: prost's own conversion takes nanoseconds beyond a second, and overflows at the extremes.
+    u64::try_from(interval.seconds)
         .ok()
+        .zip(u32::try_from(interval.nanos).ok().filter(|nanos| *nanos < 1_000_000_000))
+        .map(|(seconds, nanos)| Duration::new(seconds, nanos))
         .filter(|interval| (least..=most).contains(interval))
         .ok_or_else(|| Fault::field("heartbeat_interval", "it is from 0.1 s to 1 h"))
 }

@@ -1,15 +1,16 @@
 //! What every call passes on its way in and its answer on its way out, outermost first:
 //!
-//! 1. a server that shuts down refuses, so that clients go elsewhere at once;
-//! 2. a panic is answered as a bug, and counted in the log, instead of breaking the connection;
-//! 3. statuses that tonic makes itself (broken and oversized messages) become those of the contract;
-//! 4. calls in flight are bounded, before they take memory; watches have a bound of their own;
-//! 5. the caller's deadline is kept here: tonic has its server answer CANCELLED.
+//! 1. what is no gRPC is answered as HTTP: tonic would take a body of any content type for a message;
+//! 2. a server that shuts down refuses, so that clients go elsewhere at once;
+//! 3. a panic is answered as a bug, and counted in the log, instead of breaking the connection;
+//! 4. statuses that tonic makes itself (broken and oversized messages) become those of the contract;
+//! 5. calls in flight are bounded, before they take memory; watches have a bound of their own;
+//! 6. the caller's deadline is kept here: tonic has its server answer CANCELLED.
 
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures::FutureExt;
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE};
 use tokio::{
     sync::Semaphore,
     time::{Instant, timeout_at},
@@ -42,6 +43,11 @@ impl Edge {
         B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
+        if !is_grpc(request.headers()) {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+            return response;
+        }
         let method = request.uri().path().strip_prefix('/').and_then(|path| path.split_once('/'));
         let Some((SERVICE_NAME, method)) = method else {
             // Health and reflection stay open to the end: probes have to see it come.
@@ -62,7 +68,8 @@ impl Edge {
         match answer {
             Ok(Ok(response)) => in_our_words(response),
             Ok(Err(panic)) => refuse(Fault::bug(&panic_message(&*panic))),
-            Err(_) if is_watch => refuse(Fault::StoreUnreachable),
+            // Nobody set a limit but us, and only the store can have taken so long.
+            Err(_) if is_watch && deadline.is_none() => refuse(Fault::StoreUnreachable),
             Err(_) => refuse(Fault::Deadline),
         }
     }
@@ -75,6 +82,12 @@ impl Edge {
         let Ok(response) = self.routes.clone().oneshot(request).await;
         response
     }
+}
+
+/// `application/grpc`, bare, with a parameter, or as `application/grpc+proto`.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    matches!(kind.split(';').next().unwrap_or_default().trim_end(), "application/grpc" | "application/grpc+proto")
 }
 
 fn refuse(fault: Fault) -> Response<Body> {

@@ -36,6 +36,9 @@ pub(super) struct ChangesPlace {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Listing([u8; 8]);
 
+/// More changes than a commit can have. A store counts on from the index of a token, which must not overflow.
+const INDEXES: u64 = 1 << 48;
+
 /// A text that none of these functions made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct BrokenToken;
@@ -100,8 +103,12 @@ impl ChangesPlace {
         if of != listing.0 {
             return Err(BrokenToken);
         }
-        let index = u64::try_from(int(&index)?).map_err(|_| BrokenToken)?;
-        Ok(Self { listing, revision: Revision(int(&revision)?), index, row: int(&row)? })
+        let index = u64::try_from(int(&index)?).ok().filter(|index| *index < INDEXES).ok_or(BrokenToken)?;
+        let revision = Revision(int(&revision)?);
+        if revision < Revision(0) {
+            return Err(BrokenToken);
+        }
+        Ok(Self { listing, revision, index, row: int(&row)? })
     }
 }
 
@@ -140,7 +147,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_token_comes_back_as_what_it_was_made_of(
-            store: u128, tag: u128, revision in 0i64.., index in 0..i64::MAX as u64, row: i64, user: i64,
+            store: u128, tag: u128, revision in 0i64.., index in 0..INDEXES, row: i64, user: i64,
         ) {
             let (store_id, tag) = (Uuid::from_u128(store), Tag(Uuid::from_u128(tag)));
             let anchor = Anchor { revision: Revision(revision), tag };

@@ -19,8 +19,10 @@ macro_rules! on_both {
     };
 }
 
+mod bad_input;
 mod capacity;
 mod complete;
+mod errors;
 mod ordering;
 mod plain_sql;
 mod races;
@@ -28,6 +30,7 @@ mod reads;
 mod resume;
 mod scenarios;
 mod staleness;
+mod standard;
 mod stats;
 mod watch;
 mod writes;

@@ -207,7 +207,7 @@ async fn a_write_with_nothing_to_do_is_as_new_as_a_change_that_it_saw(db: Db) {
     assert_eq!(nothing.change, None);
     assert!(nothing.revision >= revision);
     assert_eq!(server.get(7).await.role, "moderator");
-    assert_eq!(server.log(Some(7)).await.len(), 2);
+    assert_eq!(server.log_of(7).await.len(), 2);
 }
 
 async fn two_writers_on_one_user_both_happen_in_order(db: Db) {
@@ -224,7 +224,7 @@ async fn two_writers_on_one_user_both_happen_in_order(db: Db) {
         told.push(write.answer().await.change.expect("each has its own change"));
     }
     told.sort_by_key(|change| change.revision);
-    assert_eq!(server.log(Some(7)).await, told);
+    assert_eq!(server.log_of(7).await, told);
     assert!(told[0].revision < told[1].revision);
     assert_eq!(told[0].old_role, "");
     assert_eq!(told[0].new_role, told[1].old_role);
@@ -287,7 +287,7 @@ impl Unconfirmed {
         let answer = self.write.answer().await;
         let change = answer.change.expect("the first attempt's change");
         assert_eq!((&*change.old_role, &*change.new_role), ("", "admin"));
-        assert_eq!(self.server.log(None).await, [change]);
+        assert_eq!(self.server.log().await, [change]);
         assert_eq!(self.server.get(7).await.role, "admin");
         drop((self.db, self.proxy));
     }
@@ -311,5 +311,5 @@ async fn a_lost_confirmation_without_a_request_id_is_an_unknown_outcome() {
     let head = staged.db.head();
     staged.server.until_stats("the commit arrives", |stats| stats.revision >= head).await;
     assert_eq!(staged.server.get(7).await.role, "admin");
-    assert_eq!(staged.server.log(None).await.len(), 1);
+    assert_eq!(staged.server.log().await.len(), 1);
 }

@@ -82,7 +82,7 @@ async fn a_lost_store_leaves_stale_hits_and_refuses_the_rest() {
     assert_eq!(roles_in_order(&server.batch(&[7, 8, 9, 10]).await), ["user", "user", "user", "admin"]);
     watch.until(head).await;
     watch.check();
-    reliable(&watch.transcript, &server.log(None).await, watch.started.revision);
+    reliable(&watch.transcript, &server.log().await, watch.started.revision);
     server.set(9, "admin").await;
 }
 

@@ -63,7 +63,7 @@ async fn a_set_role_tells_its_change_and_logs_it(db: Db) {
     assert_eq!((&*change.actor, &*change.reason, &*change.username), ("anonymous", "she asked", "ann"));
     assert_eq!((change.revision, change.index, change.transfer), (answer.revision, 0, None));
     assert!(change.changed_at.is_some());
-    assert_eq!(server.log(None).await, [change]);
+    assert_eq!(server.log().await, [change]);
 
     let kinds = [("moderator", ChangeKind::AdminRemoved), ("user", ChangeKind::RoleChanged)];
     let mut last = answer.revision;
@@ -83,7 +83,7 @@ async fn a_write_with_nothing_to_do_logs_nothing(db: Db) {
     let again = server.set(7, "admin").await;
     assert_eq!((again.change, again.revision), (None, head));
     assert_eq!(server.delete(9).await, (None, head));
-    assert_eq!(server.log(None).await.len(), 2);
+    assert_eq!(server.log().await.len(), 2);
     // A new user with the default role is something.
     assert!(server.set(9, "user").await.change.is_some());
 }
@@ -145,7 +145,7 @@ async fn a_repeated_request_has_the_first_answer_and_one_effect(db: Db) {
     server.set(9, "moderator").await;
     assert_eq!(client.delete_user(goodbye).await.unwrap().into_inner(), first_delete);
     assert_eq!(server.get(9).await.role, "moderator");
-    assert_eq!(server.log(None).await.len(), 8);
+    assert_eq!(server.log().await.len(), 8);
 
     // Twice at the same time, and after a restart.
     let twin = SetRoleRequest { request_id: "e".into(), ..set(10, "admin") };
@@ -155,7 +155,7 @@ async fn a_repeated_request_has_the_first_answer_and_one_effect(db: Db) {
     server.stop().await.unwrap();
     let server = db.serve().await;
     assert_eq!(server.try_set(request).await.unwrap(), first);
-    assert_eq!(server.log(None).await.len(), 9);
+    assert_eq!(server.log().await.len(), 9);
 }
 
 async fn a_request_id_that_comes_with_another_request_is_refused(db: Db) {
@@ -171,7 +171,7 @@ async fn a_request_id_that_comes_with_another_request_is_refused(db: Db) {
     }
     let other = TransferAdminRequest { request_id: "a".into(), ..transfer(7, 8) };
     refused(server.transfer(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
-    assert_eq!(server.log(None).await.len(), 1);
+    assert_eq!(server.log().await.len(), 1);
 }
 
 async fn a_refused_request_may_be_repeated_and_then_succeed(db: Db) {
@@ -206,7 +206,7 @@ async fn a_transfer_gives_and_with_demote_takes(db: Db) {
     );
     assert!(taken.changes.iter().all(|change| change.transfer == by && change.revision == taken.revision));
     assert_eq!((&*server.get(1).await.role, &*server.get(2).await.role), ("user", "admin"));
-    assert_eq!(server.log(None).await.len(), 4);
+    assert_eq!(server.log().await.len(), 4);
 }
 
 async fn a_transfer_from_one_who_is_no_admin_is_refused(db: Db) {
@@ -217,7 +217,7 @@ async fn a_transfer_from_one_who_is_no_admin_is_refused(db: Db) {
         assert_eq!(metadata["current_role"], role);
     }
     assert_eq!(server.get(2).await.role, "user");
-    assert_eq!(server.log(None).await.len(), 1);
+    assert_eq!(server.log().await.len(), 1);
 }
 
 async fn a_mailbox_goes_with_its_transfer(db: Db) {
@@ -255,7 +255,7 @@ async fn a_mailbox_is_registered_once(db: Db) {
     let exists = refused(register(&server, 5, 2).await, Code::AlreadyExists, "MAILBOX_EXISTS");
     assert_eq!(exists["creator_id"], "1");
     assert_eq!(creator(&server, 5).await.unwrap(), 1);
-    assert_eq!(server.log(None).await.len(), 0);
+    assert_eq!(server.log().await.len(), 0);
 }
 
 /// Sets the role of many users at once, behind a write that holds the writer until all are on their way.
@@ -287,7 +287,7 @@ async fn many_writes_at_once_share_commits(db: Db) {
     let outcomes = crowd(&server, &gates, 100..200).await;
     let revisions: HashSet<i64> = outcomes.into_iter().map(Result::unwrap).collect();
     assert!(revisions.len() < 50, "100 writes took {} commits", revisions.len());
-    let log = server.log(None).await;
+    let log = server.log().await;
     assert_eq!(log.len(), 101);
     for user in 100..200 {
         assert_eq!(server.get(user).await.role, "admin");
@@ -309,7 +309,7 @@ async fn one_bad_write_fails_alone(db: Db) {
     for outcome in outcomes {
         outcome.unwrap();
     }
-    assert_eq!(server.log(None).await.len(), 20);
+    assert_eq!(server.log().await.len(), 20);
     assert_eq!(server.get(113).await.role, "user");
 }
 
@@ -338,5 +338,5 @@ async fn a_locked_row_delays_only_its_own_callers() {
     assert!(began.elapsed() >= std::time::Duration::from_millis(1_900), "gave up too soon");
     holder.run("rollback;");
     assert_eq!(server.get(7).await.role, "user");
-    assert_eq!(server.log(Some(7)).await.len(), 3);
+    assert_eq!(server.log_of(7).await.len(), 3);
 }

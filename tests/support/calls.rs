@@ -85,8 +85,17 @@ impl TestServer {
         (answer.change, answer.revision)
     }
 
-    /// The whole change log, or one user's part of it.
-    pub async fn log(&self, user_id: Option<i64>) -> Vec<RoleChange> {
+    /// Every change that the log still holds, oldest first.
+    pub async fn log(&self) -> Vec<RoleChange> {
+        self.changes(None).await
+    }
+
+    /// One user's part of it.
+    pub async fn log_of(&self, user_id: i64) -> Vec<RoleChange> {
+        self.changes(Some(user_id)).await
+    }
+
+    async fn changes(&self, user_id: Option<i64>) -> Vec<RoleChange> {
         let mut client = self.client.clone();
         let mut request = ListRoleChangesRequest { user_id, page_size: 1_000, ..Default::default() };
         let mut changes = Vec::new();

@@ -50,6 +50,8 @@ pub struct Gates {
     pub write: Gate,
     pub head: Gate,
     pub locate: Gate,
+    /// While it is set, every look for a mailbox panics.
+    pub mailbox_panics: Arc<AtomicBool>,
     /// Fills' queries fail, as they do when the store is out of reach.
     roles_fail: Arc<AtomicBool>,
     snapshots: Arc<AtomicUsize>,
@@ -173,6 +175,7 @@ impl Store for GatedStore {
     }
 
     async fn mailbox(&self, mailbox: MailboxId) -> Result<Option<UserId>, StoreError> {
+        assert!(!self.gates.mailbox_panics.load(Ordering::SeqCst), "a mailbox that nobody may look for");
         self.inner.mailbox(mailbox).await
     }
 

@@ -5,7 +5,9 @@
 pub mod calls;
 pub mod child;
 pub mod gates;
+pub mod logs;
 pub mod postgres;
 pub mod proxy;
+pub mod raw;
 pub mod server;
 pub mod watch;

@@ -10,8 +10,8 @@ use std::{
 use rolecache::{
     cache, feed, grpc,
     proto::v1::{
-        GetRoleRequest, GetRoleResponse, ListRoleChangesRequest, RoleChange, SetRoleRequest, SetRoleResponse,
-        StatsRequest, StatsResponse, WatchRoleChangesRequest, role_cache_service_client::RoleCacheServiceClient,
+        GetRoleRequest, GetRoleResponse, SetRoleRequest, SetRoleResponse, StatsRequest, StatsResponse,
+        WatchRoleChangesRequest, role_cache_service_client::RoleCacheServiceClient,
     },
     role::RoleName,
     server::{Options, Server, ServerError},
@@ -55,9 +55,13 @@ pub struct Setup {
     pub fallback_reads: usize,
     pub limits: grpc::Limits,
     pub roles: Vec<&'static str>,
+    pub reflection: bool,
     /// Puts something between the server and its store.
-    pub wrap: Option<Box<dyn Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync>>,
+    pub wrap: Option<Wrap>,
 }
+
+/// Puts something in front of a store.
+pub type Wrap = Box<dyn Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync>;
 
 /// A running server. Dropped, it ends hard; [`TestServer::stop`] drains it.
 pub struct TestServer {
@@ -109,6 +113,23 @@ impl Db {
         self.shell().run(sql)
     }
 
+    /// Everything that a call could change: the bot's tables, the log, and the request ids.
+    #[track_caller]
+    pub fn contents(&self) -> String {
+        let (prefix, bot) = match self {
+            Self::Postgres { .. } => ("rolecache.", "public."),
+            Self::Sqlite { .. } => ("rolecache_", ""),
+        };
+        let tables = [
+            format!("{bot}users order by user_id"),
+            format!("{bot}mailboxes order by id"),
+            format!("{prefix}commits order by id"),
+            format!("{prefix}changes order by commit_id, seq"),
+            format!("{prefix}requests order by actor, request_id"),
+        ];
+        tables.map(|table| format!("{table}\n{}\n", self.sql(&format!("select * from {table}")))).concat()
+    }
+
     pub async fn serve(&self) -> TestServer {
         Setup::new(self).serve().await
     }
@@ -129,7 +150,8 @@ impl Shell {
                     .output()
                     .expect("run the sqlite3 shell");
                 assert!(ran.status.success(), "{sql}: {}", String::from_utf8_lossy(&ran.stderr));
-                String::from_utf8(ran.stdout).unwrap().trim_end().to_owned()
+                // Blobs are no text.
+                String::from_utf8_lossy(&ran.stdout).into_owned().trim_end().to_owned()
             }
         }
     }
@@ -156,6 +178,7 @@ impl Setup {
             fallback_reads: 64,
             limits: grpc::Limits { calls: 10_000, watches: 10_000 },
             roles: vec!["user", "admin", "moderator"],
+            reflection: true,
             wrap: None,
         }
     }
@@ -210,7 +233,7 @@ impl Setup {
             roles: self.roles.into_iter().map(RoleName::held).collect(),
             retain_changes: self.retain_changes,
             upkeep_interval: self.upkeep_interval,
-            reflection: true,
+            reflection: self.reflection,
             limits: self.limits,
         };
         let server = Server::bind(options).await.expect("bind a free port");
@@ -279,21 +302,6 @@ impl TestServer {
     /// Opens a watch, whose first message it takes.
     pub async fn watch(&self, request: WatchRoleChangesRequest) -> Watching {
         Watching::open(self.client.clone(), request).await.expect("open a watch")
-    }
-
-    /// Every change that the log still holds, oldest first.
-    pub async fn log(&self) -> Vec<RoleChange> {
-        let mut log = Vec::new();
-        let mut page_token = String::new();
-        loop {
-            let request = ListRoleChangesRequest { page_size: 1_000, page_token, ..Default::default() };
-            let page = self.client.clone().list_role_changes(request).await.expect("ListRoleChanges").into_inner();
-            log.extend(page.changes);
-            page_token = page.next_page_token;
-            if page_token.is_empty() {
-                return log;
-            }
-        }
     }
 
     /// Waits until this server has applied `revision`.

@@ -3,8 +3,8 @@
 use std::{collections::HashMap, time::Duration};
 
 use rolecache::proto::v1::{
-    Commit, GetRoleRequest, RoleChange, UserRole, WatchRoleChangesRequest, WatchRoleChangesResponse, WatchStarted,
-    role_cache_service_client::RoleCacheServiceClient, watch_role_changes_response::Event,
+    Commit, FeedState, GetRoleRequest, RoleChange, UserRole, WatchRoleChangesRequest, WatchRoleChangesResponse,
+    WatchStarted, role_cache_service_client::RoleCacheServiceClient, watch_role_changes_response::Event,
 };
 use tokio::time::timeout;
 use tonic::{Code, Status, Streaming, transport::Channel};
@@ -103,6 +103,17 @@ impl Watching {
                 }
             }
         })
+    }
+
+    /// Reads until a heartbeat says that the replica has lost its store.
+    pub async fn until_disconnected(&mut self) {
+        loop {
+            if let Event::Heartbeat(heartbeat) = self.next().await
+                && heartbeat.feed_state() == FeedState::Disconnected
+            {
+                return;
+            }
+        }
     }
 
     /// Reads to the error that ends the watch.

@@ -40,8 +40,9 @@ const REPAIR: &str = "
 
 /// Connects, adopts or creates the tables, and checks that this program may serve them.
 pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
-    let url = PgConnectOptions::from_str(&options.url)
-        .map_err(|_| OpenError::Refused("the database URL is not one that PostgreSQL understands".to_owned()))?;
+    let url = PgConnectOptions::from_str(&options.url).map_err(|_| {
+        OpenError::Refused("--database-url is none that PostgreSQL understands: look at its parameters".to_owned())
+    })?;
     // No statement limit: a migration takes as long as it takes. What it waits for has limits of its own.
     let unlimited = session::session(&url, Duration::ZERO)
         .options([("lock_timeout", "0"), ("idle_in_transaction_session_timeout", "0")]);

@@ -63,6 +63,8 @@ pub(super) fn session(url: &PgConnectOptions, statement_limit: Duration) -> PgCo
             ("lock_timeout", "2s"),
             ("idle_in_transaction_session_timeout", "10s"),
             ("search_path", "pg_catalog, pg_temp"),
+            // What a migration finds there already is nothing to tell an operator of.
+            ("client_min_messages", "warning"),
             // Compiling costs more than any of our statements.
             ("jit", "off"),
         ])
