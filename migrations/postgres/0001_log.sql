@@ -20,7 +20,8 @@ create table rolecache.feed (
   store_id uuid not null default gen_random_uuid(),
   default_role text not null check (default_role <> ''),
   admin_role text not null check (admin_role <> default_role),
-  -- Up to here the log is gone. The tag is that of the last commit that went; of an untrimmed log, the anchor at 0.
+  -- Readers go on from here at the earliest: before it the log is gone, or (end_history) has a hole. The tag is that of
+  -- the commit of this revision; of an untrimmed log, the anchor at 0.
   trimmed_revision bigint not null default 0,
   trimmed_tag uuid not null default gen_random_uuid()
 );
@@ -35,7 +36,9 @@ create table rolecache.commits (
   size bigint not null default 0,
   committed_at timestamptz not null default clock_timestamp()
 ) with (fillfactor = 60);
-create unique index commits_open on rolecache.commits (xid) where revision is null;
+-- The newest of a transaction is the only one that can be open, and is found at once however many it has: under SET
+-- CONSTRAINTS ALL IMMEDIATE each change is numbered before the next.
+create index commits_of_transaction on rolecache.commits (xid, id);
 
 -- The log's flesh. seq orders the changes of a commit and has gaps; the dense index is counted on reading.
 create table rolecache.changes (
@@ -81,7 +84,8 @@ declare
   cid bigint;
   fresh boolean;
 begin
-  select c.id into cid from rolecache.commits c where c.xid = pg_current_xact_id() and c.revision is null;
+  select case when c.revision is null then c.id end into cid
+  from rolecache.commits c where c.xid = pg_current_xact_id() order by c.xid desc, c.id desc limit 1;
   fresh := cid is null;
   if fresh then
     cid := nextval('rolecache.commits_id_seq');
@@ -119,11 +123,6 @@ begin
   perform pg_notify('rolecache', '');
   return null;
 end $$;
-
--- A row that comes with its revision is a restored one, and keeps it.
-create constraint trigger number_commit after insert on rolecache.commits
-  deferrable initially deferred for each row when (new.revision is null) execute function rolecache.number_commit();
-alter table rolecache.commits enable always trigger number_commit;
 
 -- A missing role is the default role, in the log too: what reads the same is no change.
 create function rolecache.role_of(role text) returns text
@@ -167,7 +166,8 @@ begin
   -- A line per type, because a session keeps the plan of a line for the type that it had first.
   select a.atttypid into name_type
   from pg_attribute a where a.attrelid = tg_relid and a.attname = 'username' and not a.attisdropped;
-  select c.id into cid from rolecache.commits c where c.xid = pg_current_xact_id() and c.revision is null;
+  select case when c.revision is null then c.id end into cid
+  from rolecache.commits c where c.xid = pg_current_xact_id() order by c.xid desc, c.id desc limit 1;
   if cid is null then
     fresh := true;
     cid := nextval('rolecache.commits_id_seq');
@@ -212,23 +212,67 @@ begin
   return null;
 end $$;
 
--- Raw inequality first: an update that leaves role and key alone calls no function. Naming both columns here also keeps
--- their owner from changing their types or dropping them under the log, in words of PostgreSQL's own.
-create trigger rolecache_insert after insert on public.users
-  for each row execute function rolecache.log_row();
-create trigger rolecache_update after update on public.users
-  for each row when (old.role is distinct from new.role or old.user_id is distinct from new.user_id)
-  execute function rolecache.log_row();
-create trigger rolecache_delete after delete on public.users
-  for each row execute function rolecache.log_row();
-create trigger rolecache_truncate before truncate on public.users
-  for each statement execute function rolecache.log_truncate();
--- Always: replicated rows and session_replication_role = replica are changes too.
-alter table public.users
-  enable always trigger rolecache_insert,
-  enable always trigger rolecache_update,
-  enable always trigger rolecache_delete,
-  enable always trigger rolecache_truncate;
+-- All triggers, made anew: by this migration, and by a start that finds one of them missing or off.
+create function rolecache.install_triggers() returns void
+language plpgsql set search_path = pg_catalog, pg_temp set client_min_messages = warning as $$
+begin
+  drop trigger if exists number_commit on rolecache.commits;
+  drop trigger if exists rolecache_insert on public.users;
+  drop trigger if exists rolecache_update on public.users;
+  drop trigger if exists rolecache_delete on public.users;
+  drop trigger if exists rolecache_truncate on public.users;
+
+  -- A row that comes with its revision is a restored one, and keeps it.
+  create constraint trigger number_commit after insert on rolecache.commits
+    deferrable initially deferred for each row when (new.revision is null) execute function rolecache.number_commit();
+
+  create trigger rolecache_insert after insert on public.users
+    for each row execute function rolecache.log_row();
+  -- Raw inequality first: an update that leaves role and key alone calls no function. Naming both columns here also
+  -- keeps their owner from changing their types or dropping them under the log, in words of PostgreSQL's own.
+  create trigger rolecache_update after update on public.users
+    for each row when (old.role is distinct from new.role or old.user_id is distinct from new.user_id)
+    execute function rolecache.log_row();
+  create trigger rolecache_delete after delete on public.users
+    for each row execute function rolecache.log_row();
+  create trigger rolecache_truncate before truncate on public.users
+    for each statement execute function rolecache.log_truncate();
+
+  -- Always: replicated rows and session_replication_role = replica are changes too.
+  alter table rolecache.commits enable always trigger number_commit;
+  alter table public.users
+    enable always trigger rolecache_insert,
+    enable always trigger rolecache_update,
+    enable always trigger rolecache_delete,
+    enable always trigger rolecache_truncate;
+end $$;
+
+select rolecache.install_triggers();
+
+-- Ends the history: nobody can go on from before the newest commit, because changes were made that nobody logged. The
+-- commits stay for those who look at what was logged. Nobody may write users or commits meanwhile.
+create function rolecache.end_history() returns bigint
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  mark constant uuid := gen_random_uuid();
+  newest bigint;
+  k record;
+begin
+  perform pg_advisory_xact_lock(7237966, 1);
+  -- Commits that were never numbered, because the trigger that does it was the one that was missing.
+  for k in
+    select c.id, (select count(*) from rolecache.changes ch where ch.commit_id = c.id) as size
+    from rolecache.commits c where c.revision is null order by c.id
+  loop
+    update rolecache.commits c set revision = nextval('rolecache.revision'), size = k.size where c.id = k.id;
+  end loop;
+  select greatest(f.trimmed_revision, (
+    select c.revision from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
+  )) into newest from rolecache.feed f;
+  update rolecache.commits c set tag = mark where c.revision = newest;
+  update rolecache.feed set trimmed_revision = newest, trimmed_tag = mark;
+  return newest;
+end $$;
 
 -- A batch of writes as one statement, so that no lock is held across a round trip. The triggers log what changes; who
 -- and why is added to their rows. calls: an array of objects with n from 0, op, and the fields of that op.
@@ -486,9 +530,12 @@ begin
     end if;
   end loop;
 
-  -- Who and why, on every change of the users that were asked for.
-  select c.id into cid from rolecache.commits c where c.xid = pg_current_xact_id_if_assigned() and c.revision is null;
+  -- Who and why, on every change of the users that were asked for. A username that the table has no column for lives here.
+  select case when c.revision is null then c.id end into cid
+  from rolecache.commits c where c.xid = pg_current_xact_id_if_assigned() order by c.xid desc, c.id desc limit 1;
   if array_length(must_log, 1) > 0 then
+    -- Both sides are as small as the batch here, and pairing them one by one is quadratic.
+    perform set_config('enable_hashjoin', 'on', true);
     select min(w.id) into u from unnest(must_log) as w(id)
     where not exists (select from rolecache.changes ch where ch.commit_id = cid and ch.user_id = w.id);
     if u is not null then
@@ -496,19 +543,20 @@ begin
     end if;
     update rolecache.changes ch
     set origin = 1, actor = w.actor, reason = w.reason, transfer_from = w."from", transfer_to = w."to",
-      mailbox_id = w.mailbox
+      mailbox_id = w.mailbox, username = case when named then ch.username else coalesce(w.name, ch.username) end
     from (
-      select coalesce(x."user", x."to") as id, x.actor, x.reason, x."from", x."to", x.mailbox
+      select coalesce(x."user", x."to") as id, x.actor, x.reason, x."from", x."to", x.mailbox, x.name
       from jsonb_to_recordset(calls) x (
-        n int, op text, "user" bigint, actor text, reason text, "from" bigint, "to" bigint, mailbox bigint)
+        n int, op text, "user" bigint, actor text, reason text, "from" bigint, "to" bigint, mailbox bigint, name text)
       where x.op <> 'register' and outcomes[x.n + 1] = 'changed' and commit_ids[x.n + 1] is null
       union all
-      select x."from", x.actor, x.reason, x."from", x."to", x.mailbox
+      select x."from", x.actor, x.reason, x."from", x."to", x.mailbox, null
       from jsonb_to_recordset(calls) x (
         n int, op text, actor text, reason text, "from" bigint, "to" bigint, mailbox bigint, demote boolean)
       where x.op = 'transfer' and x.demote and outcomes[x.n + 1] = 'changed' and commit_ids[x.n + 1] is null
     ) w
     where ch.commit_id = cid and ch.user_id = w.id;
+    perform set_config('enable_hashjoin', 'off', true);
   end if;
 
   select coalesce(
@@ -605,7 +653,7 @@ begin
     where not p.young and p.revision < kept and (p.place = 1 or p.total <= most)
     order by p.revision desc limit 1;
     if cut is not null then
-      update rolecache.feed set trimmed_revision = cut, trimmed_tag = cut_tag;
+      update rolecache.feed set trimmed_revision = cut, trimmed_tag = cut_tag where trimmed_revision < cut;
       delete from rolecache.changes ch using rolecache.commits c where c.revision <= cut and ch.commit_id = c.id;
       delete from rolecache.commits c where c.revision <= cut;
       get diagnostics commits = row_count;

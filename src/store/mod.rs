@@ -76,7 +76,8 @@ pub trait Store: Send + Sync + 'static {
     /// another replica is at it.
     async fn trim(&self, retain: Duration) -> Result<Trimmed, StoreError>;
 
-    /// Whether everything that logs changes is still in place; what is not, in sentences.
+    /// Whether everything that logs changes is still in place; what is not, in sentences. Opening the store puts it right,
+    /// where it may migrate, and ends the history, so that nobody goes on as if nothing had been missed.
     async fn check_triggers(&self) -> Result<Vec<String>, StoreError>;
 
     /// Calls `wake` whenever the log may have grown. A hint and no more: wake-ups get lost. Returns only on a broken
@@ -165,10 +166,11 @@ pub enum StoreError {
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum LogError {
-    /// The log holds no such commit any more, though it should: a restored backup, or a failover that lost commits.
+    /// The log holds no such commit any more, though it should: a restored backup, or a failover that lost commits. Or it
+    /// does, and a trigger was missing after it: changes were made that nobody logged.
     #[error("the history of the store is not the one that revision {} is of", at.revision)]
     HistoryChanged { at: Anchor, head: Revision },
-    /// What follows was trimmed. `oldest` can still be resumed from.
+    /// What follows was trimmed, or has a hole. `oldest` can still be resumed from.
     #[error("the log is trimmed up to revision {oldest}, which is after {requested}")]
     Compacted { requested: Revision, oldest: Revision, head: Revision },
     /// Past the head.

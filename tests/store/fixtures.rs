@@ -44,7 +44,7 @@ pub trait Fixture: Sized + Send + Sync + 'static {
     /// Makes a trigger that turns one role into another as it is written.
     fn rewrite_role(&self, from: &str, to: &str);
 
-    /// Takes away one of the triggers that log changes.
+    /// Takes away the trigger that logs updates.
     fn drop_a_trigger(&self);
 
     /// Takes one change out of the log.

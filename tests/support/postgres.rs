@@ -256,18 +256,69 @@ impl Drop for Session {
     }
 }
 
-/// What `pg_dump` says of a database, without the key that newer versions put into each dump.
-pub fn dump(url: &str, args: &[&str]) -> String {
+/// What `pg_dump` says of a database, without the key that newer versions put into each dump. None where the server is
+/// newer than our pg_dump, which it refuses then.
+pub fn dump(url: &str, args: &[&str]) -> Option<String> {
+    let version = Command::new(bin().join("pg_dump")).arg("--version").output().unwrap();
+    let version = String::from_utf8(version.stdout).unwrap();
+    let major = version.split_whitespace().find_map(|word| word.split('.').next()?.parse::<u32>().ok()).unwrap();
+    let server: u32 = psql(url, "select current_setting('server_version_num')::int / 10000").parse().unwrap();
+    if major < server {
+        println!("pg_dump {major} cannot dump PostgreSQL {server}: its data goes by COPY instead");
+        return None;
+    }
     let done = Command::new(bin().join("pg_dump")).args(args).arg(url).output().unwrap();
     assert!(done.status.success(), "pg_dump failed: {}", String::from_utf8_lossy(&done.stderr));
     let text = String::from_utf8(done.stdout).unwrap();
-    text.lines().filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict")).fold(
-        String::new(),
-        |mut text, line| {
-            text.push_str(line);
-            text.push('\n');
-            text
-        },
+    let lines = text.lines().filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict"));
+    Some(lines.fold(String::new(), |text, line| text + line + "\n"))
+}
+
+/// A script that puts the rows and sequences of a database into another with the same tables, as a dump would: while no
+/// trigger is there. What it leaves of the triggers is for the caller to say.
+pub fn copy_script(url: &str) -> String {
+    let list = |kind: &str| {
+        let names = psql(
+            url,
+            &format!(
+                "select c.oid::regclass from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                 where c.relkind = '{kind}' and n.nspname in ('public', 'rolecache') order by 1"
+            ),
+        );
+        names.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (tables, sequences) = (list("r"), list("S"));
+    let mut script = format!("begin; set local search_path = public; truncate {};\n", tables.join(", "));
+    for table in &tables {
+        script += &format!("alter table {table} disable trigger user;\n");
+        let rows = psql(url, &format!("copy {table} to stdout"));
+        let rows = if rows.is_empty() { rows } else { rows + "\n" };
+        script += &format!("copy {table} from stdin;\n{rows}\\.\n");
+    }
+    for sequence in &sequences {
+        let state = psql(url, &format!("select last_value || ', ' || is_called from {sequence}"));
+        script += &format!("select setval('{sequence}', {state});\n");
+    }
+    script + "commit;\n"
+}
+
+/// Something that differs when anything in the database does: what there is, and every row.
+pub fn fingerprint(url: &str) -> String {
+    psql(
+        url,
+        r"select c.oid::regclass, c.relkind, c.relacl, c.reloptions, a.attname, a.atttypid::regtype, a.attnotnull
+          from pg_class c left join pg_attribute a on a.attrelid = c.oid and a.attnum > 0
+          where c.relnamespace::regnamespace::text !~ '^pg_|^information_schema' order by 1, a.attnum;
+          select n.nspname, n.nspacl from pg_namespace n where n.nspname !~ '^pg_' order by 1;
+          select tgrelid::regclass, tgenabled, pg_get_triggerdef(oid) from pg_trigger where not tgisinternal order by 1, 3;
+          select conrelid::regclass, pg_get_constraintdef(oid) from pg_constraint where conrelid <> 0 order by 1, 2;
+          select p.oid::regprocedure, md5(pg_get_functiondef(p.oid)), p.proacl from pg_proc p
+          where p.pronamespace::regnamespace::text !~ '^pg_|^information_schema' order by 1;
+          select format(
+            case c.relkind when 'r' then 'select * from %s t order by t::text' else 'select last_value, is_called from %s' end,
+            c.oid::regclass) from pg_class c
+          where c.relkind in ('r', 'S') and c.relnamespace::regnamespace::text !~ '^pg_|^information_schema' order by 1
+          \gexec",
     )
 }
 

@@ -92,8 +92,8 @@ fn page(from: &Position, limit: usize, rows: &[sqlx::postgres::PgRow]) -> Checke
     let first = rows::first(rows)?;
     let rows::Meta { head, trimmed } = rows::meta(first)?;
     let found = first.try_get::<Option<uuid::Uuid>, _>("anchor_tag")?.map(Tag);
-    if found != Some(from.anchor.tag) && trimmed != from.anchor {
-        return Ok(Err(lost(from.anchor, trimmed, head)));
+    if let Err(error) = must_have(from.anchor, found, trimmed, head) {
+        return Ok(Err(error));
     }
 
     let mut commits: Vec<Commit> = Vec::new();
@@ -151,7 +151,8 @@ fn located(revision: Revision, tag: Option<Tag>, rows: &[sqlx::postgres::PgRow])
     Ok(match tag {
         Some(tag) => {
             let asked = Anchor { revision, tag };
-            if newest == Some(asked) || trimmed == asked { Ok(asked) } else { Err(lost(asked, trimmed, head)) }
+            let found = newest.filter(|newest| newest.revision == revision).map(|newest| newest.tag);
+            must_have(asked, found, trimmed, head).map(|()| asked)
         }
         None if revision < trimmed.revision => Err(compacted(revision, trimmed, head)),
         None if revision > head.revision => Err(LogError::Unknown { requested: revision, head: head.revision }),
@@ -159,13 +160,20 @@ fn located(revision: Revision, tag: Option<Tag>, rows: &[sqlx::postgres::PgRow])
     })
 }
 
-/// Why an anchor is not in the log.
-fn lost(at: Anchor, trimmed: Anchor, head: Anchor) -> LogError {
-    if at.revision < trimmed.revision {
-        compacted(at.revision, trimmed, head)
-    } else {
-        LogError::HistoryChanged { at, head: head.revision }
+/// Whether a reader can go on from `at`, whose revision has the tag `found` in the log.
+fn must_have(at: Anchor, found: Option<Tag>, trimmed: Anchor, head: Anchor) -> Result<(), LogError> {
+    if at == trimmed {
+        return Ok(());
     }
+    let is_there = found == Some(at.tag);
+    if at.revision > trimmed.revision && is_there {
+        return Ok(());
+    }
+    // What is still there below the trim point has a hole after it.
+    if at.revision >= trimmed.revision || is_there {
+        return Err(LogError::HistoryChanged { at, head: head.revision });
+    }
+    Err(compacted(at.revision, trimmed, head))
 }
 
 pub(super) fn compacted(requested: Revision, trimmed: Anchor, head: Anchor) -> LogError {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backon::{BackoffBuilder, ExponentialBuilder};
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use sqlx::{
     Acquire, PgConnection, Row, SqlSafeStr,
     migrate::{Migration, MigrationType, Migrator},
@@ -22,6 +22,9 @@ use crate::store::{OpenError, Options};
 
 /// How long a start waits for long transactions of others on `users`, in short tries that block nobody for long.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Of several servers that start at once, one changes the schema.
+pub(super) const LOCK: &str = "select pg_advisory_xact_lock(7237966, 3)";
 
 const BOOKS: &str = "rolecache.migrations";
 
@@ -69,27 +72,47 @@ pub(super) async fn ensure(conn: &mut PgConnection, options: &Options) -> Result
         }
         Standing::Behind { .. } => {}
     }
-    let started = Instant::now();
-    let mut pauses = ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(200))
-        .with_max_delay(Duration::from_secs(3))
-        .with_jitter()
-        .without_max_times()
-        .build();
+    let mut patience = Patience::to("migrate it");
     loop {
         match migrate(conn, options).await {
-            Err(Stop::Failed(failure)) if is_contention(&failure) && started.elapsed() < PATIENCE => {
-                tracing::warn!("waiting for transactions that hold the table users, to migrate it");
-                tokio::time::sleep(pauses.next().unwrap_or_default()).await;
-            }
-            Err(Stop::Failed(failure)) => return Err(refusal(failure)),
-            Err(Stop::Refused(sentence)) => return Err(OpenError::Refused(sentence)),
             Ok(adopted) => return Ok(adopted),
+            Err(stop) => patience.wait_out(stop).await?,
         }
     }
 }
 
-enum Stop {
+/// Waits for transactions of others that hold `users`, between one try and the next.
+pub(super) struct Patience {
+    what: &'static str,
+    started: Instant,
+    pauses: ExponentialBackoff,
+}
+
+impl Patience {
+    pub(super) fn to(what: &'static str) -> Self {
+        let pauses = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(200))
+            .with_max_delay(Duration::from_secs(3))
+            .with_jitter()
+            .without_max_times()
+            .build();
+        Self { what, started: Instant::now(), pauses }
+    }
+
+    pub(super) async fn wait_out(&mut self, stop: Stop) -> Result<(), OpenError> {
+        match stop {
+            Stop::Failed(failure) if is_contention(&failure) && self.started.elapsed() < PATIENCE => {
+                tracing::warn!("waiting for transactions that hold the table users, to {}", self.what);
+                tokio::time::sleep(self.pauses.next().unwrap_or_default()).await;
+                Ok(())
+            }
+            Stop::Failed(failure) => Err(refusal(failure)),
+            Stop::Refused(sentence) => Err(OpenError::Refused(sentence)),
+        }
+    }
+}
+
+pub(super) enum Stop {
     Refused(String),
     Failed(Failure),
 }
@@ -102,7 +125,7 @@ impl<E: Into<Failure>> From<E> for Stop {
 
 async fn migrate(conn: &mut PgConnection, options: &Options) -> Result<String, Stop> {
     let mut tx = conn.begin().await?;
-    sqlx::query("select pg_advisory_xact_lock(7237966, 3)").execute(&mut *tx).await?;
+    sqlx::query(LOCK).execute(&mut *tx).await?;
     let before = adopt::inspect(&mut tx).await?.map_err(Stop::Refused)?;
     MIGRATOR.run_direct(None, &mut *tx, false).await.map_err(|error| match error {
         sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {

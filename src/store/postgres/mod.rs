@@ -11,6 +11,7 @@ mod open;
 mod rows;
 mod session;
 mod snapshot;
+mod triggers;
 mod upkeep;
 mod write;
 

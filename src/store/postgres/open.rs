@@ -9,6 +9,7 @@ use super::{
     listener::Listening,
     migrate,
     session::{self, Failure, Pools},
+    triggers,
 };
 use crate::{
     role::RoleName,
@@ -51,6 +52,7 @@ pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
     let adopted = migrate::ensure(&mut conn, options).await?;
     let facts = feed(&mut conn, options, about, adopted).await?;
     repair(&mut conn).await?;
+    triggers::ensure(&mut conn, options).await?;
     let _ = tokio::time::timeout(session::CONNECT_LIMIT, conn.close()).await;
     Ok(Arc::new(Postgres { pools: Pools::new(&url), url, facts, listening: Listening::default() }))
 }

@@ -137,7 +137,9 @@ impl Lease {
                 Ok(rows)
             }
             Ok(Err(error)) => {
-                self.sound = error.as_database_error().is_some();
+                // An error is sent before its transaction is rolled back, and its locks are held till then.
+                self.sound = error.as_database_error().is_some()
+                    && tokio::time::timeout(MARGIN, self.conn.ping()).await.is_ok_and(|ready| ready.is_ok());
                 Err(error.into())
             }
         }

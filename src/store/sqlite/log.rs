@@ -224,13 +224,18 @@ impl State {
 
     /// The anchor is the one that [`State::at`] was asked about.
     fn must_have(&self, anchor: Anchor) -> Result<(), LogError> {
-        if self.found == Some(anchor.tag) || self.trimmed == anchor {
+        if anchor == self.trimmed {
             return Ok(());
         }
-        if anchor.revision < self.trimmed.revision {
-            return Err(self.compacted(anchor.revision));
+        let is_there = self.found == Some(anchor.tag);
+        if anchor.revision > self.trimmed.revision && is_there {
+            return Ok(());
         }
-        Err(LogError::HistoryChanged { at: anchor, head: self.head.revision })
+        // What is still there below the trim point has a hole after it.
+        if anchor.revision >= self.trimmed.revision || is_there {
+            return Err(LogError::HistoryChanged { at: anchor, head: self.head.revision });
+        }
+        Err(self.compacted(anchor.revision))
     }
 
     pub(super) fn compacted(&self, requested: Revision) -> LogError {

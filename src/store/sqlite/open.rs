@@ -133,6 +133,7 @@ async fn set_up(
             .await
             .map_err(|error| migrate_error(path, error))?;
     }
+    let is_new = known.is_none();
     let (store_id, ..) = match known {
         Some(known) => known,
         None => schema::make_settings(connection, options).await.map_err(explain)?,
@@ -142,11 +143,15 @@ async fn set_up(
         return refuse(format!("{} has no table users", path.display()));
     };
     if options.migrate {
-        triggers::install(connection, &users).await.map_err(explain)?;
+        triggers::install(connection, &users, is_new).await.map_err(explain)?;
     } else {
         let missing = triggers::differences(connection, &users).await.map_err(explain)?;
         if !missing.is_empty() {
-            return refuse(format!("{}: {}", path.display(), missing.join("; ")));
+            return refuse(format!(
+                "{}: {}; start once without --no-migrate, which puts it right and has every reader start over",
+                path.display(),
+                missing.join("; ")
+            ));
         }
     }
     let version: String =

@@ -206,10 +206,13 @@ pub(super) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// Makes the triggers that are missing or different, and removes ours that nobody wants any more.
-pub(super) async fn install(connection: &mut SqliteConnection, users: &Users) -> Result<(), sqlx::Error> {
+/// Makes the triggers that are missing or different, and removes ours that nobody wants any more. Where they were there
+/// before, changes may have been made that nobody logged: whoever goes on from before would never hear of them. So that
+/// ends the history, and everybody starts over; the commits stay for those who look at what was logged.
+pub(super) async fn install(connection: &mut SqliteConnection, users: &Users, is_new: bool) -> Result<(), sqlx::Error> {
     let wanted = wanted(users);
     let mut transaction = connection.begin_with("begin immediate").await?;
+    let wrong = differences(&mut transaction, users).await?;
     let standing = standing(&mut transaction).await?;
     for (name, sql) in &standing {
         if !wanted.iter().any(|trigger| trigger.name == name && trigger.sql == *sql) {
@@ -221,7 +224,26 @@ pub(super) async fn install(connection: &mut SqliteConnection, users: &Users) ->
             sqlx::raw_sql(AssertSqlSafe(trigger.sql)).execute(&mut *transaction).await?;
         }
     }
-    transaction.commit().await
+    if !is_new && !wrong.is_empty() {
+        sqlx::raw_sql(
+            "update rolecache_feed
+             set trimmed_revision = (select revision from rolecache_head), trimmed_tag = randomblob(16);
+             update rolecache_commits set tag = (select trimmed_tag from rolecache_feed)
+             where id = (select trimmed_revision from rolecache_feed)",
+        )
+        .execute(&mut *transaction)
+        .await?;
+    }
+    transaction.commit().await?;
+    if !is_new && !wrong.is_empty() {
+        for sentence in wrong {
+            tracing::warn!("{sentence}, so changes of roles may be missing from the log");
+        }
+        tracing::warn!(
+            "the triggers are made anew; changes may have been missed, so every reader of the log starts over"
+        );
+    }
+    Ok(())
 }
 
 /// What stands otherwise than it should, in sentences.

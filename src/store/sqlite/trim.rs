@@ -70,7 +70,7 @@ pub(super) async fn trim(live: &Live, retain: Duration) -> Result<Trimmed, Store
         sqlx::query(
             "delete from rolecache_changes where commit_id <= ?1;
              delete from rolecache_commits where id <= ?1;
-             update rolecache_feed set trimmed_revision = ?1, trimmed_tag = ?2",
+             update rolecache_feed set trimmed_revision = ?1, trimmed_tag = ?2 where trimmed_revision < ?1",
         )
         .bind(revision.0)
         .bind(tag.0)

@@ -6,7 +6,7 @@ use rolecache::{
 };
 
 use super::{call, log, open, options, refusal, role_of, set, told};
-use crate::support::postgres::{Postgres, Session, dump, psql};
+use crate::support::postgres::{Postgres, Session, fingerprint, psql};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_of_many_shapes_are_adopted() {
@@ -102,10 +102,10 @@ async fn what_cannot_be_served_is_refused_without_a_trace() {
     ] {
         let database = Postgres::shared().fresh_database().await;
         psql(&database.url, tables);
-        let before = dump(&database.url, &["-s"]);
+        let before = fingerprint(&database.url);
         let sentence = refusal(&options(&database.url)).await;
         assert!(sentence.contains(cause), "{sentence:?} for {tables}");
-        assert_eq!(dump(&database.url, &["-s"]), before, "{tables}");
+        assert_eq!(fingerprint(&database.url), before, "{tables}");
     }
 }
 
@@ -122,9 +122,9 @@ async fn row_security_that_binds_us_is_refused() {
         ),
     );
     let url = database.url.replace("postgres@", &format!("owner_{name}@"));
-    let before = dump(&database.url, &["-s"]);
+    let before = fingerprint(&database.url);
     assert!(refusal(&options(&url)).await.contains("row level security"));
-    assert_eq!(dump(&database.url, &["-s"]), before);
+    assert_eq!(fingerprint(&database.url), before);
     psql(&database.url, "alter table users no force row level security");
     let url = database.url.replace("postgres@", &format!("guest_{name}@"));
     assert!(refusal(&options(&url)).await.contains("row level security"));
@@ -145,15 +145,15 @@ async fn settings_that_differ_are_refused() {
 async fn a_schema_of_another_version_is_refused() {
     let database = Postgres::shared().fresh_database().await;
     let only_check = Options { migrate: false, ..options(&database.url) };
-    let before = dump(&database.url, &["-s"]);
+    let before = fingerprint(&database.url);
     assert!(refusal(&only_check).await.contains("at version 0"));
-    assert_eq!(dump(&database.url, &["-s"]), before);
+    assert_eq!(fingerprint(&database.url), before);
     open(&database.url).await;
     postgres::open(&only_check).await.unwrap();
     psql(&database.url, "insert into rolecache.migrations values (99, 'later', now(), true, '', 0)");
-    let before = dump(&database.url, &[]);
+    let before = fingerprint(&database.url);
     assert!(refusal(&options(&database.url)).await.contains("newer than"));
-    assert_eq!(dump(&database.url, &[]), before);
+    assert_eq!(fingerprint(&database.url), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -203,10 +203,10 @@ async fn a_role_without_rights_is_told_what_it_needs() {
     let database = Postgres::shared().fresh_database().await;
     let name = format!("poor_{}", database.url.rsplit('/').next().unwrap());
     psql(&database.url, &format!("create role {name} login; create table users (user_id int primary key, role text)"));
-    let before = dump(&database.url, &["-s"]);
+    let before = fingerprint(&database.url);
     let sentence = refusal(&options(&database.url.replace("postgres@", &format!("{name}@")))).await;
     assert!(sentence.contains("the database role has to own the tables"), "{sentence}");
-    assert_eq!(dump(&database.url, &["-s"]), before);
+    assert_eq!(fingerprint(&database.url), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -88,6 +88,10 @@ async fn immediate_constraints_number_at_once() {
                    update users set role = 'b' where user_id = 2; set constraints all deferred;
                    insert into users values (5, 'c'), (6, 'd'); commit";
     assert_eq!(logged(between).await, "1:user-a\n2:admin-b\n5:-c 6:-d\n");
+    let taken_back = "begin; update users set role = 'a' where user_id = 1; savepoint s; set constraints all immediate;
+                      update users set role = 'b' where user_id = 2; rollback to s;
+                      insert into users values (5, 'c'); commit";
+    assert_eq!(logged(taken_back).await, "1:user-a 5:-c\n");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,11 @@
 //! Opening: what is made, what is taken as it is, what is refused.
 
-use rolecache::store::{OpenError, Options};
+use std::time::Duration;
+
+use rolecache::{
+    role::Revision,
+    store::{Inside, ListPosition, LogError, OpenError, Options},
+};
 
 use super::*;
 use crate::fixtures::Fixture;
@@ -164,17 +169,106 @@ pub async fn a_missing_trigger_is_reported<F: Fixture>() {
     database.drop_a_trigger();
     assert_eq!(store.check_triggers().await.unwrap().len(), 1);
     store.close().await;
-    // A start either makes good what is missing, or refuses to serve what it could not see change.
-    match database.open_with(database.options()).await {
-        Err(OpenError::Refused(_)) => {}
-        Err(error) => panic!("{error:?}"),
-        Ok(store) => {
-            assert!(store.check_triggers().await.unwrap().is_empty());
-            let head = store.head().await.unwrap();
-            database.sql("insert into users (user_id, role) values (1, 'x')");
-            database.sql("update users set role = 'y'");
-            assert_eq!(said_from(&store, head).await, "1: - > x, 1: x > y");
-            store.close().await;
+    let before = database.fingerprint();
+    match database.open_with(Options { migrate: false, ..database.options() }).await.err() {
+        Some(OpenError::Refused(sentence)) => {
+            assert!(sentence.contains("rolecache_") && sentence.contains("--no-migrate"), "{sentence}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(database.fingerprint(), before);
+    let store = database.open().await;
+    assert!(store.check_triggers().await.unwrap().is_empty());
+    let head = store.head().await.unwrap();
+    database.sql("insert into users (user_id, role) values (1, 'x')");
+    database.sql("update users set role = 'y'");
+    assert_eq!(said_from(&store, head).await, "1: - > x, 1: x > y");
+    store.close().await;
+}
+
+pub async fn what_was_missed_without_a_trigger_is_not_passed_over<F: Fixture>() {
+    let database = F::fresh().await;
+    let store = database.open().await;
+    let start = store.head().await.unwrap();
+    database.sql("insert into users (user_id, role) values (1, 'user')");
+    write(&store, set(2, "user")).await.unwrap();
+    write(&store, with_request(set(1, "admin"), "r", 1)).await.unwrap();
+    let head = store.head().await.unwrap();
+    let all: Vec<Anchor> = read_from(&store, start, 10).await.iter().map(Commit::anchor).collect();
+    assert_eq!(all.len(), 3);
+    database.drop_a_trigger();
+    database.sql("update users set role = 'missed' where user_id = 1");
+    assert!(store.read_log(&head.into(), 10).await.unwrap().reaches_head(), "nobody can know");
+    store.close().await;
+
+    let store = database.open().await;
+    let now = store.head().await.unwrap();
+    assert_eq!(now.revision, head.revision);
+    for anchor in all.iter().chain([&start]) {
+        for error in [
+            store.read_log(&(*anchor).into(), 10).await.map(|_| ()).unwrap_err(),
+            store.locate(anchor.revision, Some(anchor.tag)).await.map(|_| ()).unwrap_err(),
+        ] {
+            let is_told = match error {
+                LogError::HistoryChanged { at, .. } => at == *anchor,
+                // The start of a log is no commit that could be found.
+                LogError::Compacted { .. } => *anchor == start,
+                _ => false,
+            };
+            assert!(is_told, "{anchor:?}: {error:?}");
         }
     }
+    let inside = Inside { commit: all[2], index: 0, row: 0 };
+    let inside = store.read_log(&Position { anchor: all[1], inside: Some(inside) }, 10).await;
+    assert!(matches!(inside, Err(LogError::HistoryChanged { .. })), "{inside:?}");
+    let without_tag = store.locate(all[1].revision, None).await;
+    assert!(matches!(without_tag, Err(LogError::Compacted { .. })), "{without_tag:?}");
+    assert_eq!(store.locate(now.revision, None).await.unwrap(), now);
+    assert_eq!(store.snapshot().await.unwrap().anchor(), now);
+    assert_eq!(role_of(&store, 1).await, "missed");
+
+    // Who starts over goes on as ever, what was logged can still be looked at, and request ids are kept.
+    write(&store, set(1, "x")).await.unwrap();
+    assert_eq!(said_from(&store, now).await, "1: missed > x");
+    let kept = ListPosition { revision: Revision(0), inside: None, kept_only: true };
+    assert_eq!(store.list_changes(None, kept, 10).await.unwrap().changes.len(), 4);
+    let whole = store.list_changes(None, ListPosition { kept_only: false, ..kept }, 10).await;
+    assert!(matches!(whole, Err(LogError::Compacted { .. })), "{whole:?}");
+    let again = write(&store, with_request(set(1, "admin"), "r", 1)).await.unwrap();
+    assert_eq!(again.revision, head.revision);
+    let head = store.head().await.unwrap();
+    store.close().await;
+
+    let store = database.open().await;
+    assert_eq!(store.head().await.unwrap(), head);
+    assert_eq!(said_from(&store, now).await, "1: missed > x", "a start that mends nothing ends no history");
+    store.close().await;
+}
+
+pub async fn what_was_missed_is_not_passed_over_after_a_trim<F: Fixture>() {
+    let database = F::fresh().await;
+    let store = database.open().await;
+    database.add_commits(1, 10_020);
+    let start = store.locate(Revision(0), None).await.unwrap();
+    let all: Vec<Anchor> = read_from(&store, start, 20_000).await.iter().map(Commit::anchor).collect();
+    store.close().await;
+    database.drop_a_trigger();
+    let store = database.open().await;
+    let now = store.head().await.unwrap();
+    database.backdate(all[0].revision.0, all[19].revision.0, 31);
+    let mut gone = 0;
+    loop {
+        let trimmed = store.trim(Duration::from_secs(30 * 24 * 60 * 60)).await.unwrap();
+        gone += trimmed.commits;
+        if trimmed.commits == 0 {
+            break;
+        }
+    }
+    assert_eq!(gone, 20);
+    assert!(store.read_log(&now.into(), 10).await.unwrap().reaches_head(), "the trim point does not go back");
+    let trimmed = store.read_log(&all[5].into(), 10).await;
+    assert!(matches!(trimmed, Err(LogError::Compacted { oldest, .. }) if oldest == now.revision), "{trimmed:?}");
+    let kept = store.read_log(&all[25].into(), 10).await;
+    assert!(matches!(kept, Err(LogError::HistoryChanged { .. })), "{kept:?}");
+    store.close().await;
 }

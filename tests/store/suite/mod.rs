@@ -22,7 +22,8 @@ macro_rules! for_store {
             suite! { $fixture;
                 adoption: a_fresh_database_gets_its_tables, existing_tables_are_adopted, a_table_without_username_is_adopted,
                     tables_that_cannot_be_served_are_refused_untouched, settings_that_differ_are_refused,
-                    no_migrate_only_checks, a_restart_keeps_the_store_and_its_revisions, a_missing_trigger_is_reported;
+                    no_migrate_only_checks, a_restart_keeps_the_store_and_its_revisions, a_missing_trigger_is_reported,
+                    what_was_missed_without_a_trigger_is_not_passed_over, what_was_missed_is_not_passed_over_after_a_trim;
                 log: an_anchor_is_found_or_the_reason_told, a_log_is_read_in_whole_commits,
                     a_large_commit_is_read_in_parts, a_revision_is_located, a_log_with_a_hole_is_broken,
                     changes_are_listed_in_pages;
