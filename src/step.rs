@@ -42,12 +42,11 @@ pub enum FeedState {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct History(u64);
 
-/// What watchers and waiting calls are woken for.
+/// How far the replica is: what watchers and waiting calls are woken for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Place {
     pub applied: Anchor,
     pub history: History,
-    pub feed: FeedState,
 }
 
 /// What an answer from the cache stands on. Taken before the entry is read, so that its revision is never newer than
@@ -77,6 +76,7 @@ struct Shared {
     /// The newest revision that any read of the log has shown.
     store_head: AtomicI64,
     place: watch::Sender<Place>,
+    feed: watch::Sender<FeedState>,
     proven: Notify,
     nudge: Notify,
 }
@@ -84,13 +84,14 @@ struct Shared {
 /// A replica that has taken no step yet.
 pub fn start() -> (Stepper, Step) {
     let nowhere = Anchor { revision: Revision(0), tag: Tag(Uuid::nil()) };
-    let place = Place { applied: nowhere, history: History(0), feed: FeedState::Disconnected };
+    let place = Place { applied: nowhere, history: History(0) };
     let shared = Arc::new(Shared {
         applied: AtomicI64::new(0),
         history: AtomicU64::new(0),
         proof: AtomicU64::new(0),
         store_head: AtomicI64::new(0),
         place: watch::Sender::new(place),
+        feed: watch::Sender::new(FeedState::Disconnected),
         proven: Notify::new(),
         nudge: Notify::new(),
     });
@@ -162,7 +163,12 @@ impl Step {
     }
 
     pub fn feed(&self) -> FeedState {
-        self.place().feed
+        *self.0.feed.borrow()
+    }
+
+    /// Tells every change of [`Step::feed`] from now on.
+    pub fn subscribe_feed(&self) -> watch::Receiver<FeedState> {
+        self.0.feed.subscribe()
     }
 
     /// Tells every move of [`Place`] from now on.
@@ -278,7 +284,7 @@ impl Stepper {
     }
 
     pub fn set_feed(&self, feed: FeedState) {
-        self.0.place.send_if_modified(|place| std::mem::replace(&mut place.feed, feed) != feed);
+        self.0.feed.send_if_modified(|present| std::mem::replace(present, feed) != feed);
     }
 }
 

@@ -9,11 +9,16 @@ mod tailer;
 
 use std::{
     collections::VecDeque,
+    convert::Infallible,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
-use tokio::sync::{Semaphore, watch};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::consume_budget,
+    time::sleep,
+};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::ring::{Lookup, Ring};
@@ -32,6 +37,9 @@ const PAGERS: usize = 4;
 
 /// Changes that a paging watcher holds at once, one that does not read for as long as it does not.
 const PAGER_LIMIT: usize = 250;
+
+/// How often all watchers are woken at most: what comes in between reaches them together. The first is not kept waiting.
+const BELL_PAUSE: Duration = Duration::from_millis(10);
 
 /// Before a watcher asks a store again that did not answer.
 const PAGER_RETRY: Duration = Duration::from_millis(500);
@@ -56,6 +64,8 @@ struct Shared {
     step: Step,
     ring: RwLock<Ring>,
     pagers: Arc<Semaphore>,
+    /// Follows the replica's place, and wakes the watchers.
+    bell: watch::Sender<Place>,
 }
 
 /// A watcher's place in the log.
@@ -87,7 +97,8 @@ pub enum CursorError {
 pub fn feed(options: Options, store: Arc<dyn Store>, stepper: Stepper, apply: Arc<dyn Apply>) -> (Feed, Tailer) {
     let step = stepper.reader();
     let ring = RwLock::new(Ring::new(step.place().applied, options.ring_bytes));
-    let shared = Arc::new(Shared { store, step, ring, pagers: Arc::new(Semaphore::new(PAGERS)) });
+    let bell = watch::Sender::new(step.place());
+    let shared = Arc::new(Shared { store, step, ring, pagers: Arc::new(Semaphore::new(PAGERS)), bell });
     let feed = Feed { shared };
     (feed.clone(), Tailer::new(options, feed, stepper, apply))
 }
@@ -97,7 +108,7 @@ pub fn feed(options: Options, store: Arc<dyn Store>, stepper: Stepper, apply: Ar
 impl Feed {
     /// A cursor for a watcher that has seen everything up to `anchor`, which was looked up in or after `history`.
     pub fn after(&self, anchor: Anchor, history: History) -> Cursor {
-        let places = self.shared.step.subscribe();
+        let places = self.shared.bell.subscribe();
         Cursor {
             feed: self.clone(),
             position: anchor.into(),
@@ -112,6 +123,17 @@ impl Feed {
     fn look(&self, anchor: Anchor) -> Lookup {
         // Pure data: a panic inside cannot leave the ring half changed in a way that later looks miss.
         self.shared.ring.read().unwrap_or_else(PoisonError::into_inner).after(anchor)
+    }
+
+    /// Wakes the watchers whenever this replica has moved. Never returns.
+    async fn ring_bell(&self) -> Infallible {
+        let mut places = self.shared.step.subscribe();
+        loop {
+            self.shared.bell.send_replace(*places.borrow_and_update());
+            sleep(BELL_PAUSE).await;
+            // The other side lives in the tailer, as this task does.
+            let _ = places.changed().await;
+        }
     }
 
     fn append(&self, commit: Arc<Commit>) {
@@ -159,6 +181,8 @@ impl Cursor {
             let applied = self.places.borrow_and_update().applied.revision;
             match self.feed.look(self.seen()) {
                 Lookup::Next(commit) if self.position.inside.is_none() && commit.is_whole() => {
+                    // A watcher with much before it must not keep a thread from everybody else.
+                    consume_budget().await;
                     self.position = commit.anchor().into();
                     return Ok(commit);
                 }
@@ -183,7 +207,7 @@ impl Cursor {
             Ok(page) => page,
             Err(LogError::Store(StoreError::Unreachable(cause))) => {
                 tracing::debug!(%cause, "a watcher asks the store for the log again");
-                tokio::time::sleep(PAGER_RETRY).await;
+                sleep(PAGER_RETRY).await;
                 return Ok(());
             }
             Err(LogError::Store(error)) => return Err(CursorError::Broken(error)),

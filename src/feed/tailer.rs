@@ -49,6 +49,13 @@ impl Tailer {
 
     /// Follows the log until it is found broken.
     pub async fn run(self) -> Broken {
+        tokio::select! {
+            broken = self.follow() => broken,
+            never = self.feed.ring_bell() => match never {},
+        }
+    }
+
+    async fn follow(&self) -> Broken {
         let mut position = self.start_over().await;
         loop {
             // A nudge that comes before the wait is kept for it.

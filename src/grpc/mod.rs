@@ -65,7 +65,7 @@ pub struct Core {
     /// Those that writes may set.
     roles: Vec<RoleName>,
     watches: Watches,
-    snapshots: Semaphore,
+    snapshots: Arc<Semaphore>,
     started: Instant,
     shutdown: CancellationToken,
 }
@@ -135,7 +135,7 @@ impl Grpc {
             step,
             roles,
             watches: Watches::new(self.limits.watches),
-            snapshots: Semaphore::new(SNAPSHOTS),
+            snapshots: Arc::new(Semaphore::new(SNAPSHOTS)),
             started: self.started,
             shutdown: self.ends.gently.clone(),
         };

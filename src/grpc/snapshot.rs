@@ -18,7 +18,10 @@ use crate::{
 };
 
 /// How long a watch waits for its turn.
-const TURN_LIMIT: Duration = Duration::from_secs(5);
+const TURN_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long a snapshot waits for a client to take the next chunk: others wait for their turn meanwhile.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Where the chunks come from. Dropped, it ends the task.
 pub(super) struct SnapshotReader {
@@ -32,7 +35,6 @@ impl SnapshotReader {
         let (begun, anchor) = oneshot::channel();
         let (sender, chunks) = mpsc::channel(1);
         let task = tokio::spawn(async move {
-            // Too slow a client finds the channel closed before the last chunk.
             let _ = timeout(SNAPSHOT_LIMIT, read(core, begun, sender)).await;
         });
         Self { anchor: Some(anchor), chunks, _task: AbortOnDropHandle::new(task) }
@@ -49,7 +51,8 @@ impl SnapshotReader {
 
     /// The next chunk; empty at the end.
     pub(super) async fn next(&mut self) -> Result<Vec<UserRow>, Fault> {
-        self.chunks.recv().await.unwrap_or(Err(Fault::Overloaded))
+        // Closed before the end: the client took too long.
+        self.chunks.recv().await.unwrap_or(Err(Fault::Deadline))
     }
 }
 
@@ -81,7 +84,7 @@ async fn read(
     loop {
         let chunk = snapshot.next().await.map_err(Fault::store);
         let is_last = chunk.as_ref().map_or(true, Vec::is_empty);
-        if chunks.send(chunk).await.is_err() || is_last {
+        if chunks.send_timeout(chunk, PAUSE_LIMIT).await.is_err() || is_last {
             return;
         }
     }

@@ -137,7 +137,7 @@ impl Watch {
                 }
             };
 
-            let mut places = self.core.step.subscribe();
+            let mut feed = self.core.step.subscribe_feed();
             let mut told = FeedState::Live;
             let mut next_heartbeat = Instant::now() + self.interval;
             // Parts of a commit have been sent and more are to come: nothing else may come between.
@@ -148,7 +148,7 @@ impl Watch {
                     () = self.core.shutdown.cancelled() => Happened::Shutdown,
                     () = self.deadline() => Happened::Deadline,
                     () = sleep_until(next_heartbeat), if !inside => Happened::Heartbeat,
-                    changed = places.wait_for(|place| place.feed != told), if !inside => {
+                    changed = feed.wait_for(|feed| *feed != told), if !inside => {
                         if changed.is_err() { Happened::Shutdown } else { Happened::Heartbeat }
                     }
                     commit = cursor.next() => Happened::Commit(commit),

@@ -22,6 +22,7 @@ macro_rules! on_both {
 mod bad_input;
 mod capacity;
 mod complete;
+mod crowd;
 mod errors;
 mod ordering;
 mod plain_sql;
@@ -29,8 +30,10 @@ mod races;
 mod reads;
 mod resume;
 mod scenarios;
+mod shutdown;
 mod staleness;
 mod standard;
 mod stats;
+mod trim;
 mod watch;
 mod writes;
