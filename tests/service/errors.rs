@@ -575,7 +575,7 @@ async fn a_store_that_is_silent(db: Db) {
     let fresh = GetRoleRequest { fully_consistent: true, ..get(1) };
     unreachable.is(&server.try_get(fresh).await.unwrap_err());
     gates.read_log.open();
-    server.until_serving().await;
+    server.until_live().await;
     assert_eq!(server.get(1).await.role, "admin");
 }
 
@@ -608,7 +608,7 @@ async fn a_store_that_cannot_be_reached() {
     unreachable.is(&refused(&server, set(2, "admin")).await);
     unreachable.is(&no_watch(&server, after("0")).await);
     proxy.thaw();
-    server.until_serving().await;
+    server.until_live().await;
     assert_eq!(server.get(2).await.role, "user", "nothing was changed");
     let _ = client.get_role(get(1)).await.expect("all is as before");
 }
@@ -620,7 +620,7 @@ async fn a_write_that_is_not_confirmed(db: Db) {
     gates.read_log.arrived().await;
     expected(Code::Unknown, "OUTCOME_UNKNOWN").is(&refused(&server, set(1, "admin")).await);
     gates.read_log.open();
-    server.until_serving().await;
+    server.until_live().await;
     assert_eq!(server.get(1).await.role, "admin", "it had happened");
 }
 

@@ -10,7 +10,7 @@ use std::{
 use rolecache::{
     cache, feed, grpc,
     proto::v1::{
-        GetRoleRequest, GetRoleResponse, SetRoleRequest, SetRoleResponse, StatsRequest, StatsResponse,
+        FeedState, GetRoleRequest, GetRoleResponse, SetRoleRequest, SetRoleResponse, StatsRequest, StatsResponse,
         WatchRoleChangesRequest, role_cache_service_client::RoleCacheServiceClient,
     },
     role::RoleName,
@@ -276,6 +276,12 @@ impl TestServer {
         })
         .await
         .unwrap_or_else(|_| panic!("health should be {status:?} in time"));
+    }
+
+    /// Waits until the feed is live, as it is after the store has answered again. Health bridges short outages.
+    pub async fn until_live(&self) {
+        let live = async { while self.stats().await.feed_state() != FeedState::Live {} };
+        tokio::time::timeout(PATIENCE, live).await.expect("the feed should be live in time");
     }
 
     pub async fn get(&self, user_id: i64) -> GetRoleResponse {
