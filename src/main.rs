@@ -1,8 +1,19 @@
 //! The binary: a runtime, and the command line on it.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    rolecache::cli::main().await
+use tokio::runtime::Runtime;
+
+fn main() -> ExitCode {
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: no threads could be started: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(rolecache::cli::main());
+    // Dropped, it would wait for whatever blocks a thread: a look-up of a name, a disk that does not answer.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    code
 }

@@ -81,7 +81,7 @@ impl Server {
     /// Serves until `stop`, then drains: refuse new calls, let those in flight finish, end the tasks, close the store.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), ServerError> {
         let Self { options, listener } = self;
-        let (grpc, accept) = Grpc::new(listener, options.limits, options.reflection).await;
+        let (grpc, accept) = Grpc::new(listener, options.limits, options.reflection, options.roles.clone()).await;
         let grpc = Arc::new(grpc);
         let accept = tokio::spawn(accept);
         tokio::pin!(stop);
@@ -110,7 +110,6 @@ impl Server {
         if ended.is_ok() {
             tracing::info!("stopping: calls in flight may finish");
         }
-        grpc.set_serving(false).await;
         let limit = Instant::now() + DRAIN_LIMIT;
         if timeout_at(limit, grpc.drain()).await.is_err() {
             tracing::warn!("calls that did not finish in {} s are cut off", DRAIN_LIMIT.as_secs());
@@ -177,12 +176,12 @@ fn start(options: &Options, store: Arc<dyn Store>, grpc: &Arc<Grpc>, upkeep: &mu
     upkeep.spawn(never(trim(store.clone(), options.retain_changes, options.upkeep_interval)));
     upkeep.spawn(never(check_triggers(store.clone(), options.upkeep_interval)));
     upkeep.spawn(never(report_health(grpc.clone(), step.clone(), cache.clone())));
-    let (grpc, roles) = (grpc.clone(), options.roles.clone());
+    let grpc = grpc.clone();
     upkeep.spawn(async move {
         // Before the first look at the log there is no history: what began before it would end with it, watches by
         // HISTORY_CHANGED and writes by an unknown outcome.
-        step.proven().await;
-        grpc.open(cache, feed, writer, store, step, roles);
+        step.started().await;
+        grpc.open(cache, feed, writer, store, step);
         std::future::pending().await
     });
 }

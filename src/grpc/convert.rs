@@ -35,7 +35,10 @@ pub(super) fn user_ids(field: &str, ids: &[i64]) -> Result<Vec<UserId>, Fault> {
     if ids.len() > MAX_USER_IDS {
         return Err(Fault::field(field, format!("at most {MAX_USER_IDS} users at once, not {}", ids.len())));
     }
-    ids.iter().enumerate().map(|(index, id)| user_id(&format!("{field}[{index}]"), *id)).collect()
+    match ids.iter().position(|id| *id == 0) {
+        Some(index) => Err(Fault::field(format!("{field}[{index}]"), "it must not be 0")),
+        None => Ok(ids.iter().copied().map(UserId).collect()),
+    }
 }
 
 pub(super) fn mailbox_id(field: &str, id: i64) -> Result<MailboxId, Fault> {

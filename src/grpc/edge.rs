@@ -1,4 +1,4 @@
-//! What every call passes on its way in and its answer on its way out, outermost first:
+//! What every call of the service passes on its way in and its answer on its way out, outermost first:
 //!
 //! 1. what is no gRPC is answered as HTTP: tonic would take a body of any content type for a message;
 //! 2. a server that shuts down refuses, so that clients go elsewhere at once;
@@ -50,7 +50,7 @@ impl Edge {
         }
         let method = request.uri().path().strip_prefix('/').and_then(|path| path.split_once('/'));
         let Some((SERVICE_NAME, method)) = method else {
-            // Health and reflection stay open to the end: probes have to see it come.
+            // Health and reflection are answered without a store, and have no part in its limits.
             return self.route(request).await;
         };
         if self.shutdown.is_cancelled() {

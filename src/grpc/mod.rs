@@ -48,6 +48,9 @@ const ANONYMOUS: &str = "anonymous";
 /// Snapshots that are read from the store at once.
 const SNAPSHOTS: usize = 4;
 
+/// What callers list and look up in the store at once; the others wait for their turn.
+const LOOKUPS: usize = 4;
+
 /// How much is served at once; what is over it is refused.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -62,10 +65,9 @@ pub struct Core {
     writer: Writer,
     store: Arc<dyn Store>,
     step: Step,
-    /// Those that writes may set.
-    roles: Vec<RoleName>,
     watches: Watches,
-    snapshots: Arc<Semaphore>,
+    snapshots: Semaphore,
+    lookups: Semaphore,
     started: Instant,
     shutdown: CancellationToken,
 }
@@ -81,16 +83,17 @@ pub struct Grpc {
 }
 
 impl Grpc {
-    /// The services, and a future that accepts connections for them until [`Grpc::drain`].
+    /// The services, of which writes may set `roles`, and a future that accepts connections for them until [`Grpc::drain`].
     pub async fn new(
         listener: TcpListener,
         limits: Limits,
         reflection: bool,
+        roles: Vec<RoleName>,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (health, health_service) = tonic_health::server::health_reporter();
         let core = Arc::new(OnceLock::new());
         let service =
-            RoleCacheServiceServer::new(RoleService::new(core.clone())).max_decoding_message_size(MESSAGE_LIMIT);
+            RoleCacheServiceServer::new(RoleService::new(core.clone(), roles)).max_decoding_message_size(MESSAGE_LIMIT);
         let mut routes = Routes::new(service).add_service(health_service);
         if reflection {
             let build = || {
@@ -118,32 +121,25 @@ impl Grpc {
     ///
     /// # Panics
     /// On a second call.
-    pub fn open(
-        &self,
-        cache: Arc<RoleCache>,
-        feed: Feed,
-        writer: Writer,
-        store: Arc<dyn Store>,
-        step: Step,
-        roles: Vec<RoleName>,
-    ) {
+    pub fn open(&self, cache: Arc<RoleCache>, feed: Feed, writer: Writer, store: Arc<dyn Store>, step: Step) {
         let core = Core {
             cache,
             feed,
             writer,
             store,
             step,
-            roles,
             watches: Watches::new(self.limits.watches),
-            snapshots: Arc::new(Semaphore::new(SNAPSHOTS)),
+            snapshots: Semaphore::new(SNAPSHOTS),
+            lookups: Semaphore::new(LOOKUPS),
             started: self.started,
             shutdown: self.ends.gently.clone(),
         };
         assert!(self.core.set(Arc::new(core)).is_ok(), "a server has one core");
     }
 
-    /// What health checks are told, of the server as a whole and of its service.
+    /// What health checks are told, of the server as a whole and of its service. Never again that it serves once it drains.
     pub async fn set_serving(&self, serving: bool) {
+        let serving = serving && !self.ends.gently.is_cancelled();
         let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
         self.health.set_service_status("", status).await;
         self.health.set_service_status(SERVICE_NAME, status).await;
@@ -152,6 +148,7 @@ impl Grpc {
     /// Refuses new calls, tells watches to end, and waits for those in flight.
     pub async fn drain(&self) {
         self.ends.gently.cancel();
+        self.set_serving(false).await;
         // Ends the health streams: they would be in flight for ever.
         let mut health = self.health.clone();
         health.clear_service_status("").await;

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use tokio::time::Instant;
+use tokio::{sync::SemaphorePermit, time::Instant};
 use tonic::{Extensions, Request, Response, Status};
 
 use super::{
@@ -27,11 +27,13 @@ use crate::{
 #[derive(Clone)]
 pub(super) struct RoleService {
     core: Arc<OnceLock<Arc<Core>>>,
+    /// Those that writes may set.
+    roles: Arc<[RoleName]>,
 }
 
 impl RoleService {
-    pub(super) fn new(core: Arc<OnceLock<Arc<Core>>>) -> Self {
-        Self { core }
+    pub(super) fn new(core: Arc<OnceLock<Arc<Core>>>, roles: Vec<RoleName>) -> Self {
+        Self { core, roles: roles.into() }
     }
 
     fn core(&self) -> Result<&Arc<Core>, Fault> {
@@ -84,16 +86,16 @@ impl RoleCacheService for RoleService {
 
     async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Result<Response<v1::SetRoleResponse>, Status> {
         let mut request = request.into_inner();
-        let core = self.core()?;
         let request_id = std::mem::take(&mut request.request_id);
         let request_id = convert::request_id("SetRole", request_id, &request)?;
         let user = convert::user_id("user_id", request.user_id)?;
-        let role = convert::role_to_write("role", &request.role, &core.roles)?;
+        let role = convert::role_to_write("role", &request.role, &self.roles)?;
         let username = convert::name("username", request.username)?;
         let compare = |role| convert::role_to_compare("expected_role", role);
         let expected = request.expected_role.map(compare).transpose()?;
         let reason = convert::reason("reason", request.reason)?;
         let op = Op::Set { user, role, username, expected, reason };
+        let core = self.core()?;
         let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
         let revision = written.revision.0;
         Ok(Response::new(v1::SetRoleResponse { change: core.changes(&written).pop(), revision }))
@@ -104,7 +106,6 @@ impl RoleCacheService for RoleService {
         request: Request<v1::TransferAdminRequest>,
     ) -> Result<Response<v1::TransferAdminResponse>, Status> {
         let mut request = request.into_inner();
-        let core = self.core()?;
         let request_id = std::mem::take(&mut request.request_id);
         let request_id = convert::request_id("TransferAdmin", request_id, &request)?;
         let from = convert::user_id("from_user_id", request.from_user_id)?;
@@ -116,6 +117,7 @@ impl RoleCacheService for RoleService {
         let to_username = convert::name("to_username", request.to_username)?;
         let reason = convert::reason("reason", request.reason)?;
         let op = Op::Transfer { from, to, mailbox, demote_from: request.demote_from, to_username, reason };
+        let core = self.core()?;
         let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
         let revision = written.revision.0;
         Ok(Response::new(v1::TransferAdminResponse { changes: core.changes(&written), revision }))
@@ -126,12 +128,12 @@ impl RoleCacheService for RoleService {
         request: Request<v1::DeleteUserRequest>,
     ) -> Result<Response<v1::DeleteUserResponse>, Status> {
         let mut request = request.into_inner();
-        let core = self.core()?;
         let request_id = std::mem::take(&mut request.request_id);
         let request_id = convert::request_id("DeleteUser", request_id, &request)?;
         let user = convert::user_id("user_id", request.user_id)?;
         let reason = convert::reason("reason", request.reason)?;
         let op = Op::Delete { user, reason };
+        let core = self.core()?;
         let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
         let revision = written.revision.0;
         Ok(Response::new(v1::DeleteUserResponse { change: core.changes(&written).pop(), revision }))
@@ -154,7 +156,9 @@ impl RoleCacheService for RoleService {
         request: Request<v1::GetMailboxRequest>,
     ) -> Result<Response<v1::GetMailboxResponse>, Status> {
         let mailbox = convert::mailbox_id("mailbox_id", request.into_inner().mailbox_id)?;
-        let creator = self.core()?.store.mailbox(mailbox).await.map_err(Fault::store)?;
+        let core = self.core()?;
+        let _turn = core.lookup().await?;
+        let creator = core.store.mailbox(mailbox).await.map_err(Fault::store)?;
         let creator = creator.ok_or(Fault::MailboxNotFound { mailbox })?;
         Ok(Response::new(v1::GetMailboxResponse { mailbox_id: mailbox.0, creator_id: creator.0 }))
     }
@@ -164,7 +168,6 @@ impl RoleCacheService for RoleService {
         request: Request<v1::ListUsersRequest>,
     ) -> Result<Response<v1::ListUsersResponse>, Status> {
         let request = request.into_inner();
-        let core = self.core()?;
         let limit = convert::page_size(request.page_size)?;
         let role = convert::role_to_compare("role", request.role)?;
         let listing = Listing::new(&[b"users", role.as_bytes()]);
@@ -173,7 +176,10 @@ impl RoleCacheService for RoleService {
             token => Some(UsersPlace::parse(token, listing).map_err(|_| broken_page_token())?.after),
         };
         let role = Some(&*role).filter(|role| !role.is_empty());
+        let core = self.core()?;
+        let turn = core.lookup().await?;
         let mut page = core.store.list_users(role, after, limit + 1).await.map_err(Fault::store)?;
+        drop(turn);
         core.applied(page.head.revision).await?;
         let next_page_token = last_of_page(&mut page.users, limit)
             .map_or_else(String::new, |last| UsersPlace { listing, after: last.user }.token());
@@ -186,7 +192,6 @@ impl RoleCacheService for RoleService {
         request: Request<v1::ListRoleChangesRequest>,
     ) -> Result<Response<v1::ListRoleChangesResponse>, Status> {
         let request = request.into_inner();
-        let core = self.core()?;
         let limit = convert::page_size(request.page_size)?;
         let user = request.user_id.map(|id| convert::user_id("user_id", id)).transpose()?;
         let after = convert::revision("after_revision", request.after_revision)?;
@@ -200,7 +205,10 @@ impl RoleCacheService for RoleService {
                 ListPosition { revision: place.revision, inside: Some((place.index, place.row)), kept_only }
             }
         };
+        let core = self.core()?;
+        let turn = core.lookup().await?;
         let page = core.store.list_changes(user, from, limit + 1).await;
+        drop(turn);
         let mut page = page.map_err(|error| Fault::log(error, core.store.facts().store_id))?;
         core.applied(page.head.revision).await?;
         // The place of the change that was read beyond the page: the next page starts with it.
@@ -240,6 +248,14 @@ impl Core {
     fn changes(&self, written: &Written) -> Vec<v1::RoleChange> {
         let admin = &self.store.facts().admin_role;
         written.changes.iter().map(|change| convert::change(change, written.revision, written.at, admin)).collect()
+    }
+
+    /// Waits for a turn to look something up in the store.
+    pub(super) async fn lookup(&self) -> Result<SemaphorePermit<'_>, Fault> {
+        match tokio::time::timeout(READ_LIMIT, self.lookups.acquire()).await {
+            Ok(Ok(turn)) => Ok(turn),
+            _ => Err(Fault::Overloaded),
+        }
     }
 
     /// Waits until this replica has applied what an answer from the store shows: who sees it and then reads must not

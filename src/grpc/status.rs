@@ -1,6 +1,6 @@
 //! The one map from what went wrong to what a caller is told: code, reason, metadata, a sentence.
 //!
-//! The contract is `errors.md`. Causes stay in the log; no word of the store's reaches a caller.
+//! The contract is `docs/errors.md`. Causes stay in the log; no word of the store's reaches a caller.
 
 use std::{collections::HashMap, fmt::Display, time::Duration};
 
@@ -254,8 +254,8 @@ impl Fault {
                     Code::OutOfRange,
                     "REVISION_COMPACTED",
                     format!(
-                        "The log no longer holds what follows revision {requested}; {oldest} is the oldest to resume \
-                         from. Open the watch anew with initial_snapshot."
+                        "The log no longer holds what follows revision {requested}; {oldest} is the oldest to go on \
+                         from. A watch is opened anew with initial_snapshot."
                     ),
                 )
             },
@@ -279,7 +279,8 @@ impl Fault {
             Self::Deadline => wire(
                 Code::DeadlineExceeded,
                 "DEADLINE",
-                "The deadline passed. A write may have happened: ask again with the same request_id.".into(),
+                "The deadline passed. If it was a write, it may have happened: ask again with the same request_id."
+                    .into(),
             ),
             Self::StoreUnreachable => retry(
                 later,

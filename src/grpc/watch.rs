@@ -85,6 +85,7 @@ async fn start(core: &Core, after: &str, initial_snapshot: bool) -> Result<Start
     }
     let resume = Resume::parse(after)
         .map_err(|_| Fault::field("after", "it is neither a resume_token of this service nor a revision"))?;
+    let _turn = core.lookup().await?;
     let located = match resume {
         Resume::After { store_id, anchor } if store_id == core.store.facts().store_id => {
             core.store.locate(anchor.revision, Some(anchor.tag)).await

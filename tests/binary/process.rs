@@ -22,7 +22,10 @@ pub struct Process {
 
 /// The lines of a stream so far.
 #[derive(Clone, Default)]
-pub struct Lines(Arc<(Mutex<(Vec<String>, bool)>, Condvar)>);
+pub struct Lines(Arc<(Mutex<ReadSoFar>, Condvar)>);
+
+/// The lines so far, and whether there are no more.
+type ReadSoFar = (Vec<String>, bool);
 
 /// The binary, with nothing of this machine's settings in its environment.
 pub fn rolecache<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Command {

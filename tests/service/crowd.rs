@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use rolecache::proto::v1::{
-    StatsRequest, WatchRoleChangesRequest, WatchRoleChangesResponse, role_cache_service_client::RoleCacheServiceClient,
-    watch_role_changes_response::Event,
+    SetRoleRequest, StatsRequest, WatchRoleChangesRequest, WatchRoleChangesResponse,
+    role_cache_service_client::RoleCacheServiceClient, watch_role_changes_response::Event,
 };
 use tokio::time::timeout;
 use tonic::{Streaming, transport::Channel};
@@ -20,10 +20,16 @@ use crate::{
 };
 
 on_both! {
+    a_thousand_watchers_that_do_not_read_hold_nobody_up_and_then_read_it_all,
     watchers_that_stop_reading_in_a_page_of_the_log_leave_it_to_others,
     snapshots_that_nobody_reads_leave_their_turn_to_others,
 }
 
+const WATCHERS: usize = 1_000;
+/// How many of them ask for every change; the others for a fiftieth of the users. Both are more than their window holds.
+const UNFILTERED: usize = 10;
+const CONNECTIONS: usize = 10;
+const COMMITS: usize = 10_000;
 const USERS: i64 = 100;
 
 /// Makes commits `from..to`, each of one change.
@@ -49,6 +55,82 @@ fn commits(shell: &Shell, from: usize, to: usize) -> String {
 async fn started(stream: &mut Streaming<WatchRoleChangesResponse>) {
     let first = timeout(PATIENCE, stream.message()).await.unwrap().unwrap().unwrap();
     assert!(matches!(first.event, Some(Event::Started(_))));
+}
+
+async fn a_thousand_watchers_that_do_not_read_hold_nobody_up_and_then_read_it_all(db: Db) {
+    let server = ChildServer::serve(&db.url(), &["--log-level", "warn,rolecache=info,rolecache::audit=off"]).await;
+    let mut watches = Vec::new();
+    let filter: Vec<i64> = (1..=USERS / 50).collect();
+    for connection in 0..CONNECTIONS {
+        // A stream takes a few commits before its reader does; the connection never is what stops it.
+        let endpoint = Channel::from_shared(format!("http://{}", server.address)).unwrap();
+        let endpoint = endpoint.initial_stream_window_size(300).initial_connection_window_size(1 << 20);
+        let mut client = RoleCacheServiceClient::new(endpoint.connect().await.unwrap());
+        for n in 0..WATCHERS / CONNECTIONS {
+            let all = (connection + n * CONNECTIONS) < UNFILTERED;
+            let user_ids = if all { Vec::new() } else { filter.clone() };
+            let request = WatchRoleChangesRequest { user_ids, ..every(Duration::from_secs(3_600)) };
+            let mut stream = client.watch_role_changes(request).await.unwrap().into_inner();
+            started(&mut stream).await;
+            watches.push((all, stream));
+        }
+    }
+    let before = server.memory("VmRSS");
+    let writing = tokio::spawn({
+        let shell = db.shell();
+        async move {
+            for from in (0..COMMITS).step_by(500) {
+                shell.go(commits(&shell, from, from + 500)).await;
+            }
+        }
+    });
+    let (mut writes, mut slowest) = (0, Duration::ZERO);
+    let mut client = server.client.clone();
+    while !writing.is_finished() {
+        let role = if writes % 2 == 0 { "admin" } else { "user" };
+        let begun = Instant::now();
+        client.set_role(SetRoleRequest { user_id: 1_000, role: role.into(), ..Default::default() }).await.unwrap();
+        slowest = slowest.max(begun.elapsed());
+        writes += 1;
+    }
+    writing.await.unwrap();
+    // One that passes every filter, and is applied: all before it is in memory, and has been told as far as it goes.
+    let last = SetRoleRequest { user_id: 1, role: "admin".into(), ..Default::default() };
+    let last = client.set_role(last).await.unwrap().into_inner().revision;
+    let stats = client.stats(StatsRequest {}).await.unwrap().into_inner();
+    assert_eq!(stats.event_handlers, WATCHERS as i64);
+    let grown = server.memory("VmHWM") - before;
+    println!(
+        "{writes} writes beside {COMMITS} commits, the slowest in {slowest:?}; RSS {before:.0} MiB, grown by {grown:.0} MiB"
+    );
+    assert!(slowest < Duration::from_secs(5), "a write took {slowest:?}");
+    assert!(grown < 300.0, "memory grew by {grown} MiB");
+
+    let begun = Instant::now();
+    let readers = watches.into_iter().map(|(all, mut stream)| {
+        tokio::spawn(async move {
+            let (mut told, mut newest) = (0, 0);
+            while newest < last {
+                let message = timeout(3 * PATIENCE, stream.message()).await.unwrap().unwrap().unwrap();
+                if let Some(Event::Commit(commit)) = message.event {
+                    assert!(commit.revision > newest && !commit.partial);
+                    newest = commit.revision;
+                    told += commit.changes.len();
+                }
+            }
+            (all, told)
+        })
+    });
+    // The last write comes on top; it changes user 1 from the role of the last round to admin.
+    let of_all = COMMITS + writes + 1;
+    let of_some = COMMITS / 50 + 1;
+    for reader in readers.collect::<Vec<_>>() {
+        let (all, told) = reader.await.unwrap();
+        assert_eq!(told, if all { of_all } else { of_some });
+    }
+    let grown = server.memory("VmHWM") - before;
+    println!("all read in {:?}; grown by {grown:.0} MiB at most", begun.elapsed());
+    assert!(grown < 300.0, "memory grew by {grown} MiB");
 }
 
 async fn watchers_that_stop_reading_in_a_page_of_the_log_leave_it_to_others(db: Db) {

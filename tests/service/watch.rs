@@ -473,7 +473,7 @@ async fn a_commit_of_over_1000_changes_comes_in_parts() {
             }
         }
         assert_eq!(told, users as usize);
-        assert_eq!(parts, told.div_ceil(1_000), "parts of {told} changes");
+        assert!(parts >= told.div_ceil(1_000), "{parts} parts of {told} changes");
         watch.next_commit().await;
         watch.check();
         let log = server.log().await;

@@ -1,9 +1,12 @@
 //! What only an embedded store has: a file, a lock beside it, and SQLite's own ways to write.
 
 mod file;
+mod kill;
+mod moved;
 mod random;
 mod replace;
 mod shapes;
+mod slow;
 
 use std::{
     io::{BufRead, BufReader, Write},

@@ -114,7 +114,7 @@ impl Postgres {
     }
 
     pub(super) async fn mailbox(&self, mailbox: i64) -> Result<Option<UserId>, StoreError> {
-        let rows = session::fetch(&self.pools.reads, sqlx::query(MAILBOX).bind(mailbox)).await?;
+        let rows = session::fetch(&self.pools.lists, sqlx::query(MAILBOX).bind(mailbox)).await?;
         let Some(row) = rows.first() else { return Ok(None) };
         let creator: Option<i64> = row.try_get("creator_id").map_err(session::Failure::from)?;
         Ok(creator.map(UserId))
@@ -130,7 +130,7 @@ impl Postgres {
         let first = after.map_or(Some(i64::MIN), |after| after.0.checked_add(1));
         let limit = if first.is_some() { bound(limit) } else { 0 };
         let query = sqlx::query(USERS).bind(first.unwrap_or(i64::MAX)).bind(role).bind(limit);
-        let rows = session::fetch(&self.pools.reads, query).await?;
+        let rows = session::fetch(&self.pools.lists, query).await?;
         let head = rows::meta(rows::first(&rows)?)?.head;
         let mut users = Vec::with_capacity(rows.len());
         for row in &rows {
@@ -153,7 +153,7 @@ impl Postgres {
             }
             Some(user) => sqlx::query(USER_CHANGES).bind(from.revision.0).bind(row).bind(bound(limit)).bind(user.0),
         };
-        let rows = session::fetch(&self.pools.log, query).await.map_err(StoreError::from)?;
+        let rows = session::fetch(&self.pools.lists, query).await.map_err(StoreError::from)?;
         changes(from, &rows).map_err(StoreError::from)?
     }
 }

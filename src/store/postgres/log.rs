@@ -81,7 +81,7 @@ impl Postgres {
 
     pub(super) async fn locate(&self, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
         let query = sqlx::query(LOCATE).bind(revision.0);
-        let rows = session::fetch(&self.pools.log, query).await.map_err(StoreError::from)?;
+        let rows = session::fetch(&self.pools.lists, query).await.map_err(StoreError::from)?;
         located(revision, tag, &rows).map_err(StoreError::from)?
     }
 }

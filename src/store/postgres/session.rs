@@ -24,10 +24,15 @@ pub(super) const UPKEEP_LIMIT: Duration = Duration::from_secs(120);
 /// After this long without use a connection is asked whether it is still there.
 const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 
-/// Each kind of work has its own connections, so that none waits behind another: reads pile up, the log must not.
+/// Each kind of work has its own connections, so that none waits behind another.
 pub(super) struct Pools {
+    /// Roles, and snapshots.
     pub(super) reads: PgPool,
+    /// What callers list and look up, as many as they like.
+    pub(super) lists: PgPool,
+    /// The tailer, and as many watchers as may page the log at once.
     pub(super) log: PgPool,
+    /// The two lanes of the writer.
     pub(super) writer: PgPool,
     pub(super) upkeep: PgPool,
 }
@@ -89,6 +94,7 @@ impl Pools {
         let log = usual.clone().options([("enable_bitmapscan", "off"), ("enable_seqscan", "off")]);
         Self {
             reads: pool(12).connect_lazy_with(usual.clone()),
+            lists: pool(4).connect_lazy_with(log.clone()),
             log: pool(6).connect_lazy_with(log),
             // Asked before each use: a write that finds its connection gone would be one with an unknown outcome.
             writer: pool(2).test_before_acquire(true).connect_lazy_with(usual),
@@ -96,9 +102,12 @@ impl Pools {
         }
     }
 
+    fn all(&self) -> [&PgPool; 5] {
+        [&self.reads, &self.lists, &self.log, &self.writer, &self.upkeep]
+    }
+
     pub(super) async fn close(&self) {
-        let all =
-            futures::future::join4(self.reads.close(), self.log.close(), self.writer.close(), self.upkeep.close());
+        let all = futures::future::join_all(self.all().map(PgPool::close));
         // A connection that is stuck is not worth waiting for.
         let _ = tokio::time::timeout(ACQUIRE_LIMIT, all).await;
     }

@@ -143,7 +143,7 @@ impl Postgres {
             let mut pauses = ExponentialBuilder::default().with_jitter().without_max_times().build();
             loop {
                 let query = sqlx::query(RESULT).bind(&ids).bind(&users);
-                match session::fetch(&self.pools.reads, query).await.and_then(|rows| results(&rows)) {
+                match session::fetch(&self.pools.writer, query).await.and_then(|rows| results(&rows)) {
                     Err(failure) if failure.passes() => {
                         tracing::debug!(error = %failure, "a committed write could not be read back");
                         tokio::time::sleep(pauses.next().unwrap_or_default().min(RESULT_LIMIT / 10)).await;

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{Connection, SqliteConnection};
+use sqlx::SqliteConnection;
 use tokio::time::timeout;
 
 use super::{
@@ -153,14 +153,14 @@ async fn find_out(live: &Live, sent: Sent, error: Cause) -> Result<Vec<Answer>, 
     let Some(commit) = sent.commit else { return Err(unknown()) };
     let look = async {
         let mut connection = live.connect_writer(Some(FIND_OUT_BUSY)).await?;
-        sqlx::query("begin immediate").execute(&mut connection).await?;
+        sqlx::query("begin immediate").execute(&mut *connection).await?;
         let is_there: bool =
             sqlx::query_scalar("select exists (select 1 from rolecache_commits where id = ?1 and tag = ?2)")
                 .bind(commit.revision.0)
                 .bind(commit.tag.0)
-                .fetch_one(&mut connection)
+                .fetch_one(&mut *connection)
                 .await?;
-        connection.close().await?;
+        connection.close().await;
         Ok::<_, sqlx::Error>(is_there)
     };
     match timeout(LIMIT, look).await {

@@ -1,16 +1,23 @@
 //! Whether what logs changes is in place.
 
-use sqlx::SqlitePool;
+use sqlx::{Connection, SqliteConnection};
 
 use super::{
     adopt::{AdoptError, Found},
+    pool::Pool,
     triggers,
 };
 use crate::store::StoreError;
 
 /// What is missing or different, in sentences: a unique index added later needs other triggers, a table made anew has none.
-pub(super) async fn triggers(pool: &SqlitePool) -> Result<Vec<String>, StoreError> {
-    let mut moment = pool.begin().await?;
+pub(super) async fn triggers(pool: &Pool) -> Result<Vec<String>, StoreError> {
+    let mut lease = pool.lease().await?;
+    let answer = look(&mut lease).await;
+    lease.end(answer)
+}
+
+async fn look(connection: &mut SqliteConnection) -> Result<Vec<String>, StoreError> {
+    let mut moment = connection.begin().await?;
     let found = match Found::look(&mut moment).await {
         Ok(found) => found,
         Err(AdoptError::Refused(sentence)) => return Ok(vec![sentence]),

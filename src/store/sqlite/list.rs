@@ -1,9 +1,10 @@
 //! Lists of changes, of everybody or of one user.
 
-use sqlx::{AssertSqlSafe, Row, SqliteConnection, SqlitePool};
+use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection};
 
 use super::{
     log::State,
+    pool::Pool,
     rows::{self, CHANGE_COLUMNS},
 };
 use crate::{
@@ -12,12 +13,23 @@ use crate::{
 };
 
 pub(super) async fn changes(
-    pool: &SqlitePool,
+    pool: &Pool,
     user: Option<UserId>,
     from: ListPosition,
     limit: usize,
 ) -> Result<ChangePage, LogError> {
-    let mut moment = pool.begin().await?;
+    let mut lease = pool.lease().await?;
+    let answer = read(&mut lease, user, from, limit).await;
+    lease.end(answer)
+}
+
+async fn read(
+    connection: &mut SqliteConnection,
+    user: Option<UserId>,
+    from: ListPosition,
+    limit: usize,
+) -> Result<ChangePage, LogError> {
+    let mut moment = connection.begin().await?;
     let state = State::at(&mut moment, from.revision).await?;
     if from.revision > state.head.revision {
         return Err(LogError::Unknown { requested: from.revision, head: state.head.revision });

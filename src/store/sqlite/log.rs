@@ -3,10 +3,11 @@
 //! Rows of `rolecache_changes` are numbered under the write lock, so `seq` grows along with the revision, and a page goes on
 //! by `seq` alone, however large the commit is that it lies in.
 
-use sqlx::{AssertSqlSafe, Row, SqliteConnection, SqlitePool};
+use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection};
 
 use super::{
     error::broken,
+    pool::Pool,
     rows::{self, CHANGE_COLUMNS},
 };
 use crate::{
@@ -27,14 +28,20 @@ struct CommitRow {
     size: usize,
 }
 
-pub(super) async fn head(pool: &SqlitePool) -> Result<Anchor, StoreError> {
-    let row = sqlx::query("select revision, tag from rolecache_head").fetch_one(pool).await?;
-    rows::anchor(&row, 0)
+pub(super) async fn head(pool: &Pool) -> Result<Anchor, StoreError> {
+    let mut lease = pool.lease().await?;
+    let row = sqlx::query("select revision, tag from rolecache_head").fetch_one(&mut *lease).await;
+    rows::anchor(&lease.end(row)?, 0)
 }
 
-pub(super) async fn read(pool: &SqlitePool, from: &Position, limit: usize) -> Result<Page, LogError> {
-    let limit = limit.max(1);
-    let mut moment = pool.begin().await?;
+pub(super) async fn read(pool: &Pool, from: &Position, limit: usize) -> Result<Page, LogError> {
+    let mut lease = pool.lease().await?;
+    let answer = read_page(&mut lease, from, limit.max(1)).await;
+    lease.end(answer)
+}
+
+async fn read_page(connection: &mut SqliteConnection, from: &Position, limit: usize) -> Result<Page, LogError> {
+    let mut moment = connection.begin().await?;
     let state = State::at(&mut moment, from.anchor.revision).await?;
     let head = state.head;
     state.must_have(from.anchor)?;
@@ -74,11 +81,10 @@ async fn read_commits(
         total += next.size;
         total <= limit
     });
-    let (first, last) = match &following[..] {
-        [first, .., last] => (first.commit.revision, last.commit.revision),
-        [only] => (only.commit.revision, only.commit.revision),
-        [] => return Err(broken("a page without a commit").into()),
+    let (Some(first), Some(last)) = (following.first(), following.last()) else {
+        return Err(broken("a page without a commit").into());
     };
+    let (first, last) = (first.commit.revision, last.commit.revision);
     let sql = format!(
         "select {CHANGE_COLUMNS} from rolecache_changes
          where commit_id between ?1 and ?2 order by commit_id, seq limit ?3"
@@ -180,8 +186,14 @@ fn incomplete(commit: &Commit, found: usize) -> LogError {
     broken(format!("commit {} should have {} changes and has {found}", commit.revision, commit.size)).into()
 }
 
-pub(super) async fn locate(pool: &SqlitePool, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
-    let mut moment = pool.begin().await?;
+pub(super) async fn locate(pool: &Pool, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
+    let mut lease = pool.lease().await?;
+    let answer = find(&mut lease, revision, tag).await;
+    lease.end(answer)
+}
+
+async fn find(connection: &mut SqliteConnection, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
+    let mut moment = connection.begin().await?;
     let state = State::at(&mut moment, revision).await?;
     let head = state.head;
     let anchor = match tag {
@@ -191,9 +203,7 @@ pub(super) async fn locate(pool: &SqlitePool, revision: Revision, tag: Option<Ta
             anchor
         }
         None if revision > head.revision => return Err(LogError::Unknown { requested: revision, head: head.revision }),
-        None if revision < state.trimmed.revision => {
-            return Err(state.compacted(revision));
-        }
+        None if revision < state.trimmed.revision => return Err(state.compacted(revision)),
         None => {
             let found = sqlx::query("select id, tag from rolecache_commits where id <= ?1 order by id desc limit 1")
                 .bind(revision.0)

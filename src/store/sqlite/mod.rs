@@ -1,20 +1,23 @@
 //! The embedded store: one SQLite file, one server process, any number of other programs that write to `users`.
 //!
-//! Reads run on a pool and see one moment each, by one statement or one read transaction. Writes run on one connection,
+//! Reads run on two pools and see one moment each, by one statement or one read transaction. Writes run on one connection,
 //! which is thrown away on any doubt about its transaction. Every call has a limit of its own: a disk may freeze.
 
 mod adopt;
 mod batch;
 mod call;
 mod check;
+mod connection;
 mod error;
 mod file;
 mod list;
-
+mod live;
 mod lock;
 mod log;
 mod open;
+mod place;
 mod plan;
+mod pool;
 mod requests;
 mod rows;
 mod schema;
@@ -31,11 +34,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use sqlx::{ConnectOptions, SqliteConnection, SqlitePool, sqlite::SqliteConnectOptions};
 use tokio::time::timeout;
 
 pub use self::open::open;
-use self::{adopt::Users, error::unreachable, lock::Lock};
+use self::{error::unreachable, file::Looker, live::Live, lock::Lock, open::EstablishError};
 use super::{
     Call, ChangePage, Facts, ListPosition, LogError, Options, Page, Position, Roles, Snapshot, Store, StoreError,
     Trimmed, UserPage, WriteError, Written,
@@ -59,38 +61,28 @@ struct Sqlite {
     current: Mutex<Current>,
     /// One at a time looks at the file and reopens it. Taken before `current`.
     looking: tokio::sync::Mutex<()>,
+    looker: Arc<Looker>,
     lock: Mutex<Option<Lock>>,
 }
 
 struct Current {
     live: Arc<Live>,
-    looked: Instant,
-}
-
-/// The connections to one file.
-struct Live {
-    path: PathBuf,
-    pool: SqlitePool,
-    readers: SqliteConnectOptions,
-    /// None before the first write and after any doubt.
-    writer: tokio::sync::Mutex<Option<SqliteConnection>>,
-    writes: SqliteConnectOptions,
-    /// As of the last look. Never held across an await.
-    identity: Mutex<file::Identity>,
-    users: Users,
+    /// None once the file is known to be another one.
+    looked: Option<Instant>,
 }
 
 // === impl Sqlite ===
 
 impl Sqlite {
-    fn new(path: PathBuf, options: Options, facts: Facts, live: Live, lock: Lock) -> Self {
-        let current = Current { live: Arc::new(live), looked: Instant::now() };
+    fn new(path: PathBuf, options: Options, facts: Facts, live: Live, looker: Arc<Looker>, lock: Lock) -> Self {
+        let current = Current { live: Arc::new(live), looked: Some(Instant::now()) };
         Self {
             path,
             options,
             facts,
             current: Mutex::new(current),
             looking: tokio::sync::Mutex::new(()),
+            looker,
             lock: Mutex::new(Some(lock)),
         }
     }
@@ -111,12 +103,10 @@ impl Sqlite {
             return Ok(live);
         }
         let live = self.current.lock().unwrap_or_else(PoisonError::into_inner).live.clone();
-        let path = self.path.clone();
-        let looked = tokio::task::spawn_blocking(move || file::Identity::of(&path)).await;
-        match looked.map_err(|error| StoreError::Broken(error::cause(error)))? {
+        match self.looker.look().await {
             Ok(now) if now.is_file_of(&live.identity()) => {
                 *live.identity.lock().unwrap_or_else(PoisonError::into_inner) = now;
-                self.current.lock().unwrap_or_else(PoisonError::into_inner).looked = asked;
+                self.current.lock().unwrap_or_else(PoisonError::into_inner).looked = Some(asked);
                 Ok(live)
             }
             Ok(_) => self.reopen(live).await,
@@ -126,24 +116,31 @@ impl Sqlite {
 
     fn looked_within(&self, age: Duration) -> Option<Arc<Live>> {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        (current.looked.elapsed() <= age).then(|| current.live.clone())
+        current.looked.filter(|looked| looked.elapsed() <= age).map(|_| current.live.clone())
     }
 
     /// Follows the name to the file that it names now: a restored backup, whose history the anchors will not find.
     async fn reopen(&self, old: Arc<Live>) -> Result<Arc<Live>, StoreError> {
         tracing::warn!(file = %self.path.display(), "the database file was replaced; opening the new one");
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).looked = None;
+        let gone = |error| StoreError::Unreachable(error::cause(error));
+        let (identity, path) = (old.identity(), self.path.clone());
+        let identity = file::aside(move || identity.with_open_wal(&path)).await.map_err(gone)?;
+        // Noted, should this call be dropped before it is done.
+        *old.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity;
         old.close().await;
-        old.identity().remove_old_wal(&self.path);
-        let (live, facts) = open::establish(&self.path, &self.options)
-            .await
-            .map_err(|error| StoreError::Unreachable(error::cause(error)))?;
-        let live = Arc::new(live);
-        if facts.store_id != self.facts.store_id {
-            live.close().await;
-            return Err(error::broken(format!("{} is another database now", self.path.display())));
-        }
+        let path = self.path.clone();
+        file::aside(move || identity.remove_old_wal(&path)).await.map_err(gone)?;
+        let known = Some(self.facts.store_id);
+        let live = match open::establish(&self.path, &self.options, &self.looker, known).await {
+            Ok((live, _)) => Arc::new(live),
+            Err(EstablishError::Another) => {
+                return Err(error::broken(format!("{} is another database now", self.path.display())));
+            }
+            Err(EstablishError::Open(error)) => return Err(StoreError::Unreachable(error::cause(error))),
+        };
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        *current = Current { live: live.clone(), looked: Instant::now() };
+        *current = Current { live: live.clone(), looked: Some(Instant::now()) };
         Ok(live)
     }
 }
@@ -155,19 +152,19 @@ impl Store for Sqlite {
     }
 
     async fn head(&self) -> Result<Anchor, StoreError> {
-        limited(async { log::head(&self.live().await?.pool).await }).await
+        limited(async { log::head(&self.look().await?.log).await }).await
     }
 
     async fn read_log(&self, from: &Position, limit: usize) -> Result<Page, LogError> {
-        limited(async { log::read(&self.live().await?.pool, from, limit).await }).await
+        limited(async { log::read(&self.look().await?.log, from, limit).await }).await
     }
 
     async fn locate(&self, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
-        limited(async { log::locate(&self.live().await?.pool, revision, tag).await }).await
+        limited(async { log::locate(&self.live().await?.reads, revision, tag).await }).await
     }
 
     async fn roles(&self, users: &[UserId]) -> Result<Roles, StoreError> {
-        limited(async { users::roles(&self.live().await?.pool, &self.facts.default_role, users).await }).await
+        limited(async { users::roles(&self.live().await?.reads, &self.facts.default_role, users).await }).await
     }
 
     async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
@@ -186,7 +183,7 @@ impl Store for Sqlite {
     }
 
     async fn mailbox(&self, mailbox: MailboxId) -> Result<Option<UserId>, StoreError> {
-        limited(async { users::mailbox(&self.live().await?.pool, mailbox).await }).await
+        limited(async { users::mailbox(&self.live().await?.reads, mailbox).await }).await
     }
 
     async fn list_users(
@@ -204,7 +201,7 @@ impl Store for Sqlite {
         from: ListPosition,
         limit: usize,
     ) -> Result<ChangePage, LogError> {
-        limited(async { list::changes(&self.live().await?.pool, user, from, limit).await }).await
+        limited(async { list::changes(&self.live().await?.reads, user, from, limit).await }).await
     }
 
     async fn trim(&self, retain: Duration) -> Result<Trimmed, StoreError> {
@@ -212,7 +209,7 @@ impl Store for Sqlite {
     }
 
     async fn check_triggers(&self) -> Result<Vec<String>, StoreError> {
-        limited(async { check::triggers(&self.live().await?.pool).await }).await
+        limited(async { check::triggers(&self.live().await?.reads).await }).await
     }
 
     async fn listen(&self, _wake: &(dyn Fn() + Send + Sync)) -> StoreError {
@@ -230,46 +227,6 @@ impl Store for Sqlite {
         let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(lock) = lock {
             lock.release();
-        }
-    }
-}
-
-// === impl Live ===
-
-impl Live {
-    /// A connection of its own for reading.
-    async fn connect_reader(&self) -> Result<SqliteConnection, sqlx::Error> {
-        let connection = self.readers.connect().await?;
-        self.identity().must_be_at(&self.path).await?;
-        Ok(connection)
-    }
-
-    async fn connect_writer(&self, busy: Option<Duration>) -> Result<SqliteConnection, sqlx::Error> {
-        let options = match busy {
-            Some(busy) => self.writes.clone().busy_timeout(busy),
-            None => self.writes.clone(),
-        };
-        let mut connection = options.connect().await?;
-        self.identity().must_be_at(&self.path).await?;
-        // Not among the options: unlike those it reads the file.
-        sqlx::raw_sql("pragma synchronous = full").execute(&mut connection).await?;
-        Ok(connection)
-    }
-
-    fn identity(&self) -> file::Identity {
-        *self.identity.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn close(&self) {
-        // A stuck statement must not keep us: the process ends, or the file is not ours any more.
-        let closed = timeout(LOOK_EVERY, async {
-            if let Some(writer) = self.writer.lock().await.take() {
-                let _ = sqlx::Connection::close(writer).await;
-            }
-            self.pool.close().await;
-        });
-        if closed.await.is_err() {
-            tracing::warn!("a connection was still busy when the database was closed");
         }
     }
 }

@@ -2,25 +2,20 @@
 //!
 //! A refusal leaves the file as it was. Everything that can refuse looks before the first write.
 
-use std::{
-    io::{self, Read},
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
-use sqlx::{
-    ConnectOptions, Connection, SqliteConnection,
-    migrate::MigrateError,
-    sqlite::{SqliteConnectOptions, SqlitePoolOptions},
-};
+use sqlx::{ConnectOptions, Connection, SqliteConnection, migrate::MigrateError, sqlite::SqliteConnectOptions};
+use uuid::Uuid;
 
 use super::{
     Live, Sqlite,
     adopt::{AdoptError, Found, Users},
+    connection::Source,
     error::{cause, code, code_of, words},
-    file,
+    file::{self, Looker},
     lock::{Lock, LockError},
+    place::{path_of, refuse_contents, refuse_place},
+    pool::Pool,
     schema, triggers,
 };
 use crate::store::{Facts, OpenError, Options, Store, StoreKind};
@@ -30,8 +25,18 @@ const SETUP_BUSY: Duration = Duration::from_secs(5);
 const READ_BUSY: Duration = Duration::from_secs(2);
 /// The writer never waits for others' locks; SQLite sleeps 1, 2 and 5 ms in this time, and looks again.
 const WRITE_BUSY: Duration = Duration::from_millis(10);
+/// The tailer, four pagers and one more.
+const LOG_READERS: u32 = 6;
 const READERS: u32 = 8;
-const ACQUIRE: Duration = Duration::from_secs(2);
+/// One that writes, one that finds out what became of a write, and the same while both are stuck.
+const WRITERS: u32 = 4;
+
+/// Why a file cannot be connected to.
+pub(super) enum EstablishError {
+    Open(OpenError),
+    /// It holds something else than what was looked for.
+    Another,
+}
 
 /// Opens the store that `options.url` names, and creates it where that is allowed and needed.
 pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
@@ -50,51 +55,74 @@ pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
             return refuse(format!("{} cannot be written: {error}", lock.display()));
         }
     };
-    match establish(&path, options).await {
-        Ok((live, facts)) => Ok(Arc::new(Sqlite::new(path, options.clone(), facts, live, lock))),
+    let opened = match Looker::start(path.clone()) {
+        Ok(looker) => establish(&path, options, &looker, None).await.map(|(live, facts)| (live, facts, looker)),
+        Err(error) => Err(OpenError::Unreachable(cause(error)).into()),
+    };
+    match opened {
+        Ok((live, facts, looker)) => Ok(Arc::new(Sqlite::new(path, options.clone(), facts, live, looker, lock))),
         Err(error) => {
             lock.release();
-            Err(error)
+            Err(match error {
+                EstablishError::Open(error) => error,
+                EstablishError::Another => OpenError::Refused(format!("{} is another database", path.display())),
+            })
         }
     }
 }
 
-/// Brings the file up to date and connects to it. The caller holds its lock.
-pub(super) async fn establish(path: &Path, options: &Options) -> Result<(Live, Facts), OpenError> {
-    refuse_contents(path)?;
-    let is_new = file::is_empty(path);
+/// Brings the file up to date and connects to it. The caller holds its lock. With `known`, only the store of this id is
+/// taken; anything else is left untouched.
+pub(super) async fn establish(
+    path: &Path,
+    options: &Options,
+    looker: &Arc<Looker>,
+    known: Option<Uuid>,
+) -> Result<(Live, Facts), EstablishError> {
+    let place = path.to_owned();
+    let looked = file::aside(move || {
+        // Once the store is open its file is not opened like this again: by then a connection may be there already, when
+        // the disk was slow and the call that asked is gone.
+        if known.is_none() {
+            refuse_contents(&place)?;
+        }
+        Ok::<_, OpenError>(file::is_empty(&place))
+    });
+    let is_new = looked.await.map_err(|error| OpenError::Unreachable(cause(error)))??;
+    if is_new && known.is_some() {
+        return Err(OpenError::Unreachable(words(format!("{} is empty", path.display()))).into());
+    }
     let explain = |error: sqlx::Error| sql_error(path, error);
     let mut connection =
         base(path).create_if_missing(is_new).busy_timeout(SETUP_BUSY).connect().await.map_err(explain)?;
-    let set_up = set_up(&mut connection, path, options).await;
+    let set_up = match is_another(&mut connection, known).await {
+        Ok(false) => set_up(&mut connection, path, options).await.map_err(EstablishError::from),
+        Ok(true) => Err(EstablishError::Another),
+        Err(error) => Err(explain(error).into()),
+    };
     let closed = connection.close().await;
     let (users, facts) = set_up?;
     closed.map_err(explain)?;
 
-    let identity = file::Identity::of(path).map_err(|error| OpenError::Unreachable(cause(error)))?;
+    let identity = looker.look().await.map_err(|error| OpenError::Unreachable(cause(error)))?;
     let readers = base(path).busy_timeout(READ_BUSY).pragma("query_only", "on");
-    let same = (path.to_owned(), identity);
-    let pool = SqlitePoolOptions::new()
-        .max_connections(READERS)
-        .acquire_timeout(ACQUIRE)
-        .test_before_acquire(false)
-        .idle_timeout(None)
-        .max_lifetime(None)
-        .after_connect(move |_, _| {
-            let (path, identity) = same.clone();
-            Box::pin(async move { identity.must_be_at(&path).await })
-        })
-        .connect_lazy_with(readers.clone());
+    let pool = |size| Pool::new(Source::new(readers.clone(), identity, looker.clone(), size), size);
     let live = Live {
-        path: path.to_owned(),
-        pool,
-        readers,
+        log: pool(LOG_READERS),
+        reads: pool(READERS),
         writer: tokio::sync::Mutex::new(None),
-        writes: base(path).busy_timeout(WRITE_BUSY),
+        writers: Source::new(base(path).busy_timeout(WRITE_BUSY), identity, looker.clone(), WRITERS),
         identity: std::sync::Mutex::new(identity),
         users,
     };
     Ok((live, facts))
+}
+
+/// Whether the file holds something else than the store of the id `known`. Looks only.
+async fn is_another(connection: &mut SqliteConnection, known: Option<Uuid>) -> Result<bool, sqlx::Error> {
+    let Some(known) = known else { return Ok(false) };
+    let settings = schema::settings(connection).await?;
+    Ok(settings.is_none_or(|(store_id, ..)| store_id != known))
 }
 
 fn base(path: &Path) -> SqliteConnectOptions {
@@ -168,51 +196,10 @@ async fn set_up(
     Ok((users, facts))
 }
 
-/// `sqlite://relative`, `sqlite:///absolute`; the rest of the text is the path as it is.
-fn path_of(url: &str) -> Result<PathBuf, OpenError> {
-    let path = url.strip_prefix("sqlite://").or_else(|| url.strip_prefix("sqlite:")).unwrap_or_default();
-    if path.is_empty() || path.starts_with(':') || path.starts_with("file:") || path.contains('?') {
-        return refuse(format!("{url} names no file: write sqlite://rolecache.db or sqlite:///srv/bot/rolecache.db"));
+impl From<OpenError> for EstablishError {
+    fn from(error: OpenError) -> Self {
+        Self::Open(error)
     }
-    Ok(PathBuf::from(path))
-}
-
-/// Where nothing has to be opened to know that it cannot work.
-fn refuse_place(path: &Path, migrate: bool) -> Result<(), OpenError> {
-    let directory = match path.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-        Some(parent) => parent,
-        None => Path::new("/"),
-    };
-    if !directory.is_dir() {
-        return refuse(format!("the directory {} does not exist", directory.display()));
-    }
-    match std::fs::metadata(path) {
-        Ok(found) if !found.is_file() => refuse(format!("{} is not a file", path.display())),
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && !migrate => {
-            refuse(format!("there is no database {}: run `rolecache migrate` first", path.display()))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => refuse(format!("{} cannot be read: {error}", path.display())),
-    }
-}
-
-/// Must come before any connection of this process: closing the handle drops SQLite's locks on the file.
-fn refuse_contents(path: &Path) -> Result<(), OpenError> {
-    let file = match std::fs::OpenOptions::new().read(true).write(true).open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return refuse(format!("{} cannot be written: {error}", path.display())),
-    };
-    let mut head = Vec::new();
-    if let Err(error) = file.take(16).read_to_end(&mut head) {
-        return refuse(format!("{} cannot be read: {error}", path.display()));
-    }
-    if !head.is_empty() && head != b"SQLite format 3\0" {
-        return refuse(format!("{} is not an SQLite database", path.display()));
-    }
-    Ok(())
 }
 
 pub(super) fn refuse<T>(sentence: String) -> Result<T, OpenError> {
@@ -247,25 +234,5 @@ fn migrate_error(path: &Path, error: MigrateError) -> OpenError {
     match error {
         MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => sql_error(path, error),
         other => OpenError::Refused(format!("{}: {other}", path.display())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_url_names_a_file() {
-        for (url, path) in [
-            ("sqlite://rolecache.db", "rolecache.db"),
-            ("sqlite:///srv/bot.db", "/srv/bot.db"),
-            ("sqlite:bot.db", "bot.db"),
-            ("sqlite://./a b.db", "./a b.db"),
-        ] {
-            assert_eq!(path_of(url).expect("a path"), Path::new(path), "{url}");
-        }
-        for url in ["sqlite://", "sqlite::memory:", "sqlite://a.db?mode=ro", "postgres://x", ""] {
-            assert!(path_of(url).is_err(), "{url}");
-        }
     }
 }

@@ -1,12 +1,12 @@
-//! Every user with a role other than the default, from one read transaction on a connection of its own.
+//! Every user with a role other than the default, from one read transaction on a connection that it keeps.
 
 use std::time::Instant;
 
 use async_trait::async_trait;
-use sqlx::{AssertSqlSafe, SqliteConnection};
+use sqlx::AssertSqlSafe;
 use tokio::time::timeout;
 
-use super::{Live, error::unreachable, rows, triggers, users};
+use super::{Live, connection::Connection, error::unreachable, rows, triggers, users};
 use crate::{
     role::{Anchor, UserId, UserRow},
     store::{SNAPSHOT_CHUNK, SNAPSHOT_LIMIT, Snapshot, StoreError},
@@ -14,7 +14,7 @@ use crate::{
 
 struct Reading {
     /// In a read transaction, which ends when the connection closes.
-    connection: SqliteConnection,
+    connection: Connection,
     anchor: Anchor,
     started: Instant,
     username: &'static str,
@@ -23,10 +23,10 @@ struct Reading {
 }
 
 pub(super) async fn open(live: &Live) -> Result<Box<dyn Snapshot>, StoreError> {
-    let mut connection = live.connect_reader().await?;
-    sqlx::raw_sql("begin").execute(&mut connection).await?;
+    let mut connection = live.reads.lease().await?.keep();
+    sqlx::raw_sql("begin").execute(&mut *connection).await?;
     // The transaction sees the moment of its first read, which is this one.
-    let row = sqlx::query("select revision, tag from rolecache_head").fetch_one(&mut connection).await?;
+    let row = sqlx::query("select revision, tag from rolecache_head").fetch_one(&mut *connection).await?;
     Ok(Box::new(Reading {
         anchor: rows::anchor(&row, 0)?,
         connection,
@@ -68,7 +68,7 @@ impl Reading {
         let found = sqlx::query(AssertSqlSafe(sql))
             .bind(self.after.map(|user| user.0))
             .bind(SNAPSHOT_CHUNK as i64)
-            .fetch_all(&mut self.connection)
+            .fetch_all(&mut *self.connection)
             .await?;
         let chunk = found.iter().map(|row| rows::user(row, 0)).collect::<Result<Vec<_>, _>>()?;
         self.after = chunk.last().map(|last| last.user);

@@ -19,7 +19,8 @@ pub(super) async fn trim(live: &Live, retain: Duration) -> Result<Trimmed, Store
     let now = SystemTime::now();
     let (commits_before, requests_before) = (millis_before(now, retain), millis_before(now, KEEP_REQUESTS));
     // Looks without the write lock first: most of the time there is nothing to do.
-    let is_due: bool = sqlx::query_scalar(
+    let mut lease = live.reads.lease().await?;
+    let is_due: Result<bool, _> = sqlx::query_scalar(
         "select exists (select 1 from rolecache_requests where answered_at < ?2)
              or (select count(*) from (select 1 from rolecache_commits limit ?3 + 1)) > ?3
             and (select committed_at from rolecache_commits order by id limit 1) < ?1",
@@ -27,9 +28,9 @@ pub(super) async fn trim(live: &Live, retain: Duration) -> Result<Trimmed, Store
     .bind(commits_before)
     .bind(requests_before)
     .bind(KEEP_COMMITS)
-    .fetch_one(&live.pool)
-    .await?;
-    if !is_due {
+    .fetch_one(&mut *lease)
+    .await;
+    if !lease.end(is_due)? {
         return Ok(Trimmed::default());
     }
     let mut slot = live.writer.lock().await;

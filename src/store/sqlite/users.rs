@@ -1,22 +1,24 @@
 //! Reads of `users` and `mailboxes`, each together with the head, in one statement.
 
-use sqlx::{AssertSqlSafe, Row, SqlitePool};
+use sqlx::{AssertSqlSafe, Row};
 
-use super::{Live, rows, triggers};
+use super::{Live, pool::Pool, rows, triggers};
 use crate::{
     role::{MailboxId, RoleName, UserId},
     store::{Roles, StoreError, UserPage},
 };
 
-pub(super) async fn roles(pool: &SqlitePool, default_role: &RoleName, users: &[UserId]) -> Result<Roles, StoreError> {
+pub(super) async fn roles(pool: &Pool, default_role: &RoleName, users: &[UserId]) -> Result<Roles, StoreError> {
+    let mut lease = pool.lease().await?;
     let found = sqlx::query(
         "select h.revision, h.tag, nullif(cast(u.role as text) collate binary, '')
          from rolecache_head h left join json_each(?1) j left join users u on u.user_id = j.value
          order by j.key",
     )
     .bind(json(users))
-    .fetch_all(pool)
-    .await?;
+    .fetch_all(&mut *lease)
+    .await;
+    let found = lease.end(found)?;
     let Some(first) = found.first() else {
         return Err(super::error::broken("rolecache_feed is empty"));
     };
@@ -33,13 +35,14 @@ pub(super) fn json(users: &[UserId]) -> String {
     serde_json::Value::from(ids).to_string()
 }
 
-pub(super) async fn mailbox(pool: &SqlitePool, mailbox: MailboxId) -> Result<Option<UserId>, StoreError> {
-    let creator: Option<i64> =
+pub(super) async fn mailbox(pool: &Pool, mailbox: MailboxId) -> Result<Option<UserId>, StoreError> {
+    let mut lease = pool.lease().await?;
+    let creator: Result<Option<i64>, _> =
         sqlx::query_scalar("select creator_id from mailboxes where id = ?1 and typeof(creator_id) = 'integer'")
             .bind(mailbox.0)
-            .fetch_optional(pool)
-            .await?;
-    Ok(creator.map(UserId))
+            .fetch_optional(&mut *lease)
+            .await;
+    Ok(lease.end(creator)?.map(UserId))
 }
 
 pub(super) async fn list(
@@ -58,12 +61,14 @@ pub(super) async fn list(
            where typeof(user_id) = 'integer' {bound} {filter} order by user_id limit ?3
          ) u order by u.user_id"
     );
+    let mut lease = live.reads.lease().await?;
     let found = sqlx::query(AssertSqlSafe(sql))
         .bind(after.map(|user| user.0))
         .bind(role)
         .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-        .fetch_all(&live.pool)
-        .await?;
+        .fetch_all(&mut *lease)
+        .await;
+    let found = lease.end(found)?;
     let Some(first) = found.first() else {
         return Err(super::error::broken("rolecache_feed is empty"));
     };

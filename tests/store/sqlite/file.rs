@@ -4,14 +4,10 @@ use std::{
     io::{BufRead, BufReader},
     os::unix::fs::PermissionsExt,
     process::{Command, Stdio},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use rolecache::{
-    role::Revision,
-    store::{self, LogError, OpenError, Options, Store, StoreError, WriteError},
-};
+use rolecache::store::{self, OpenError, Options, WriteError};
 
 use super::Shell;
 use crate::{
@@ -27,7 +23,7 @@ async fn refused(options: Options) -> String {
 }
 
 /// Looks until `look` finds something: what it waits for happens within about a second.
-async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+pub(super) async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
     let started = Instant::now();
     while started.elapsed() < Duration::from_secs(20) {
         if let Some(found) = look().await {
@@ -165,80 +161,6 @@ async fn a_foreign_lock_is_busy_and_not_waited_for() {
     let answers = store.write(&[set(1, "ours"), set(2, "ours")]).await;
     assert!(answers.iter().all(Result::is_ok));
     assert_eq!(said_from(&store, start).await, "1: - > admin, 1: admin > theirs, 1: theirs > ours, 2: - > ours");
-    store.close().await;
-}
-
-#[tokio::test]
-async fn a_replaced_file_is_noticed() {
-    let database = SqliteFile::fresh().await;
-    let store = database.open().await;
-    write(&store, set(1, "before")).await.unwrap();
-    let kept = store.head().await.unwrap();
-    let backup = database.directory().join("backup.db");
-    database.sql(&format!(".backup '{}'", backup.display()));
-    for role in ["after", "later"] {
-        write(&store, set(1, role)).await.unwrap();
-    }
-    let lost = store.head().await.unwrap();
-    // The -wal file of the old one stands there still, with commits that the backup does not have.
-    std::fs::rename(&backup, database.path()).unwrap();
-
-    let gone = until("the new file is read", || async {
-        match store.read_log(&lost.into(), 10).await {
-            // No new connection is made to a file that is not ours, until the new one is opened.
-            Ok(_) | Err(LogError::Store(StoreError::Unreachable(_))) => None,
-            Err(error) => Some(error),
-        }
-    })
-    .await;
-    assert!(matches!(gone, LogError::HistoryChanged { at, .. } if at == lost), "{gone:?}");
-    assert_eq!(store.head().await.unwrap(), kept);
-    assert_eq!(role_of(&store, 1).await, "before");
-    let written = write(&store, set(1, "a new history")).await.unwrap();
-    assert_eq!(written.revision, Revision(kept.revision.0 + 1));
-    let gone = store.read_log(&lost.into(), 10).await;
-    assert!(matches!(gone, Err(LogError::HistoryChanged { .. })), "{gone:?}");
-    assert_eq!(said_from(&store, kept).await, "1: before > a new history");
-    assert_eq!(database.sql("pragma integrity_check; select role from users"), "ok\na new history");
-    store.close().await;
-}
-
-#[tokio::test]
-async fn a_write_never_goes_into_a_file_that_lost_its_name() {
-    let database = SqliteFile::fresh().await;
-    let store = database.open().await;
-    write(&store, set(1, "before")).await.unwrap();
-    let backup = database.directory().join("backup.db");
-    database.sql(&format!(".backup '{}'", backup.display()));
-    std::fs::rename(&backup, database.path()).unwrap();
-    let written = write(&store, set(1, "after")).await.unwrap();
-    assert_eq!(said(&written.changes), "1: before > after");
-    store.close().await;
-    assert_eq!(database.sql("select role from users"), "after");
-}
-
-#[tokio::test]
-async fn a_removed_file_is_unreachable_and_another_database_is_broken() {
-    let database = SqliteFile::fresh().await;
-    let store = database.open().await;
-    write(&store, set(1, "admin")).await.unwrap();
-    let aside = database.directory().join("aside.db");
-    std::fs::rename(database.path(), &aside).unwrap();
-    let answer = write(&store, set(1, "x")).await;
-    assert!(matches!(answer, Err(WriteError::Unreachable(_))), "{answer:?}");
-    until("reads notice", || async { matches!(store.head().await, Err(StoreError::Unreachable(_))).then_some(()) })
-        .await;
-    assert!(!database.path().exists(), "no empty database takes its place");
-    std::fs::rename(&aside, database.path()).unwrap();
-    write(&store, set(1, "back")).await.unwrap();
-    assert_eq!(role_of(&store, 1).await, "back");
-
-    let other = SqliteFile::fresh().await;
-    let other_store: Arc<dyn Store> = other.open().await;
-    other_store.close().await;
-    std::fs::rename(other.path(), database.path()).unwrap();
-    let answer = write(&store, set(1, "x")).await;
-    assert!(matches!(answer, Err(WriteError::Broken(_))), "{answer:?}");
     store.close().await;
 }
 

@@ -1,0 +1,65 @@
+//! Reads that take too long: nobody else waits for them, and they end when their caller does.
+
+use std::time::{Duration, Instant};
+
+use rolecache::store::StoreError;
+
+use crate::fixtures::{Fixture, SqliteFile};
+
+/// Makes every list take far longer than any limit: the column is worked out anew for each row that is read.
+const SLOW: &str = "
+    create table users (
+      user_id integer primary key, role text,
+      username text as (substr(hex(zeroblob(2000000 + user_id)), 1, 3))
+    );
+    with recursive n(id) as (select 1 union all select id + 1 from n where id < 9999)
+    insert into users (user_id, role) select id, 'slow' from n";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_lists_keep_neither_the_feed_nor_their_places() {
+    let database = SqliteFile::fresh().await;
+    database.sql(SLOW);
+    let store = database.open().await;
+    let head = store.head().await.unwrap();
+    let lists: Vec<_> = (0..12)
+        .map(|_| {
+            let store = store.clone();
+            tokio::spawn(async move { store.list_users(None, None, 9_999).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for _ in 0..10 {
+        let asked = Instant::now();
+        let page = store.read_log(&head.into(), 10).await.unwrap();
+        assert_eq!((page.head, store.head().await.unwrap()), (head, head));
+        assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    }
+    // Four find no place, eight run out of time or lose their caller.
+    let mut without = 0;
+    for (index, list) in lists.into_iter().enumerate() {
+        if index % 2 == 0 {
+            list.abort();
+        }
+        match list.await {
+            Ok(answer) => {
+                assert!(matches!(answer, Err(StoreError::Unreachable(_))), "{answer:?}");
+                without += 1;
+            }
+            Err(gone) => assert!(gone.is_cancelled()),
+        }
+    }
+    assert!(without > 0);
+    // Their places are free again, and what is read next is its own answer and no other's rest.
+    let started = Instant::now();
+    loop {
+        match store.list_users(None, None, 2).await {
+            Ok(page) => {
+                assert_eq!(page.users.iter().map(|row| row.user.0).collect::<Vec<_>>(), [1, 2]);
+                break;
+            }
+            Err(error) => assert!(started.elapsed() < Duration::from_secs(10), "{error}"),
+        }
+    }
+    store.close().await;
+    assert_eq!(database.files(), ["bot.db"], "no connection is left");
+}
