@@ -7,6 +7,7 @@
 mod entries;
 mod fill;
 mod load;
+mod miss;
 #[cfg(test)]
 mod model;
 mod names;

@@ -256,7 +256,7 @@ impl World {
 
     async fn step(&mut self, op: &Op) {
         // How old a proof may be is another test's matter.
-        self.stepper.prove(Moment::now());
+        self.prove();
         match op {
             Op::Commit(changes) => self.commit(changes),
             Op::Apply => self.apply(),
@@ -322,6 +322,13 @@ impl World {
         }
     }
 
+    /// The tailer has looked at the log. That it has also taken in what it saw is left to the schedule.
+    fn prove(&self) {
+        let (head, _) = self.truth.newest();
+        self.stepper.saw_head(Revision(head as i64));
+        self.stepper.prove(Moment::now());
+    }
+
     fn read(&mut self, user: i64, freshness: Freshness) {
         let (head, _) = self.truth.newest();
         let head = Revision(head as i64);
@@ -365,7 +372,7 @@ impl World {
         self.stepper.begin_history();
         self.cache.reset();
         self.stepper.follow_from(head);
-        self.stepper.prove(Moment::now());
+        self.prove();
     }
 
     /// *Prefix*: every entry is the state at `applied`; and where absence is an answer, it is the right one.
@@ -425,7 +432,7 @@ impl World {
         let until = Instant::now() + Duration::from_secs(20);
         while !self.readers.is_empty() {
             assert!(Instant::now() < until, "{} reads never end", self.readers.len());
-            self.stepper.prove(Moment::now());
+            self.prove();
             self.settle().await;
         }
         for load in self.loads.drain(..) {
@@ -438,7 +445,7 @@ impl World {
                 fully_consistent: false,
                 deadline: Some(Instant::now() + Duration::from_secs(20)),
             };
-            self.stepper.prove(Moment::now());
+            self.prove();
             let answer = self.cache.get(UserId(user), query).await.unwrap();
             assert_eq!(answer.role.as_str(), role_in(&state, user), "of {user} in the end");
         }

@@ -4,20 +4,13 @@
 //! stale, or are refused: the table "Failure model" of the design, row by row.
 
 use std::{
-    collections::HashMap,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use tokio::{
-    sync::mpsc::error::TrySendError,
-    time::{Instant, timeout, timeout_at},
-};
+use tokio::time::{Instant, timeout, timeout_at};
 
-use super::{
-    RoleCache,
-    fill::{Fill, Filled, Joined, Ticket},
-};
+use super::{RoleCache, miss::Wish};
 use crate::{
     role::{Revision, RoleName, UserId},
     step::{FeedState, Standing},
@@ -89,22 +82,6 @@ enum Footing {
     Store(Standing),
     /// The cache, marked stale.
     Stale(Standing),
-}
-
-/// How a read wants its misses loaded.
-#[derive(Clone, Copy)]
-struct Wish {
-    /// By a query that is sent after this.
-    fresh: Option<Ticket>,
-    /// As hits and misses; reads that ask for the store are neither.
-    counted: bool,
-}
-
-/// A read's part in the load of one user.
-struct Joining {
-    index: usize,
-    fill: Arc<Fill>,
-    too_old: bool,
 }
 
 impl RoleCache {
@@ -311,104 +288,6 @@ impl RoleCache {
         self.counters.stale_answers.fetch_add(1, Ordering::Relaxed);
         Ok(Some(ReadAnswer { roles, revision: standing.applied, source: Source::Cache, stale: true }))
     }
-
-    /// The roles of users by fills, one each, and the oldest revision among them. None is older than `standing`.
-    async fn fill_all(
-        &self,
-        users: &[UserId],
-        standing: Standing,
-        wish: Wish,
-    ) -> Result<(Vec<RoleName>, Revision), ReadError> {
-        // A user who is asked twice is read once: two reads could tell two roles in one answer.
-        let mut places = HashMap::new();
-        let mut distinct = Vec::new();
-        let place = |user: &UserId| {
-            *places.entry(*user).or_insert_with(|| {
-                distinct.push(*user);
-                distinct.len() - 1
-            })
-        };
-        let asked: Vec<usize> = users.iter().map(place).collect();
-        self.count_coalesced(wish, users.len() - distinct.len());
-
-        let mut found: Vec<Option<Filled>> = vec![None; distinct.len()];
-        // A miss that has to join again is still one miss.
-        let mut is_accounted = vec![false; distinct.len()];
-        let mut wanted: Vec<usize> = (0..distinct.len()).collect();
-        while !wanted.is_empty() {
-            let pending: Vec<Joining> = wanted
-                .drain(..)
-                .map(|index| self.join(index, distinct[index], wish, &mut is_accounted[index]))
-                .collect::<Result<_, _>>()?;
-            for Joining { index, fill, too_old } in pending {
-                let outcome = fill.outcome().await;
-                if too_old {
-                    wanted.push(index);
-                    continue;
-                }
-                let filled = outcome?;
-                // A later read must not be older: it goes out once this replica has applied as much. Far behind, that
-                // takes too long; then it goes out at once, and the cache is not the truth until it is as far.
-                if filled.revision > self.step.applied() && self.is_far_behind() {
-                    self.floor.fetch_max(filled.revision.0, Ordering::SeqCst);
-                } else if self.step.reach_in(standing.history, filled.revision).await.is_err() {
-                    self.lift_floor(standing);
-                    return Err(ReadError::history_moved());
-                }
-                if filled.revision >= standing.applied {
-                    found[index] = Some(filled);
-                } else {
-                    wanted.push(index);
-                }
-            }
-        }
-        self.lift_floor(standing);
-        if self.step.history() != standing.history {
-            return Err(ReadError::history_moved());
-        }
-        let found: Vec<Filled> = found.into_iter().flatten().collect();
-        let oldest = found.iter().map(|filled| filled.revision).min().unwrap_or(standing.applied);
-        // True as of what was read, so of what is applied too, which is what a later read may be as old as.
-        let oldest = oldest.min(self.step.applied());
-        Ok((asked.into_iter().map(|place| found[place].role.clone()).collect(), oldest))
-    }
-
-    /// Takes back a floor of a history that has ended: the next one may never get so far. A reset takes it back too, so
-    /// that it goes whichever comes last.
-    fn lift_floor(&self, standing: Standing) {
-        if self.step.history() != standing.history {
-            self.floor.store(0, Ordering::SeqCst);
-        }
-    }
-
-    fn join(&self, index: usize, user: UserId, wish: Wish, is_accounted: &mut bool) -> Result<Joining, ReadError> {
-        let (fill, too_old) = match self.fills.join(user, wish.fresh) {
-            Joined::Waits(fill) => {
-                if !std::mem::replace(is_accounted, true) {
-                    self.count_coalesced(wish, 1);
-                }
-                (fill, false)
-            }
-            Joined::TooOld(fill) => (fill, true),
-            Joined::Began(fill) => match self.queue.try_send(fill.clone()) {
-                Ok(()) => {
-                    *is_accounted = true;
-                    (fill, false)
-                }
-                Err(TrySendError::Full(_) | TrySendError::Closed(_)) => {
-                    self.fills.finish(&fill, Err(ReadError::Overloaded));
-                    return Err(ReadError::Overloaded);
-                }
-            },
-        };
-        Ok(Joining { index, fill, too_old })
-    }
-
-    fn count_coalesced(&self, wish: Wish, misses: usize) {
-        if wish.counted {
-            self.counters.coalesced_misses.fetch_add(misses as u64, Ordering::Relaxed);
-        }
-    }
 }
 
 struct ReadAnswer {
@@ -425,7 +304,7 @@ impl ReadError {
         Self::Unreachable(Arc::new(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time")))
     }
 
-    fn history_moved() -> Self {
+    pub(super) fn history_moved() -> Self {
         Self::Unreachable(Arc::new(std::io::Error::other("its history changed while a role was read")))
     }
 }

@@ -216,7 +216,7 @@ async fn what_a_person_has_to_put_right_is_refused_and_an_outage_is_not() {
     assert!(refusal(&options(&nowhere)).await.contains("does not exist"));
     let nobody = database.url.replace("postgres@", "nobody_at_all@");
     assert!(refusal(&options(&nobody)).await.contains("refuses the user"));
-    assert!(refusal(&options("postgres://[broken")).await.contains("URL"));
+    assert!(refusal(&options("postgres://[broken")).await.contains("database-url"));
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let silent = format!("postgres://postgres@{}/x?sslmode=disable", silent.local_addr().unwrap());
     let outage = postgres::open(&options(&silent)).await;
