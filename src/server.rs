@@ -83,9 +83,12 @@ impl Server {
         let Self { options, listener } = self;
         let (grpc, accept) = Grpc::new(listener, options.limits, options.reflection, options.roles.clone()).await;
         let grpc = Arc::new(grpc);
-        let accept = tokio::spawn(accept);
         tokio::pin!(stop);
         let mut upkeep = Upkeep::new();
+        upkeep.spawn(async move {
+            accept.await;
+            "connections are accepted no more".to_owned()
+        });
 
         let opened = tokio::select! {
             () = &mut stop => None,
@@ -115,7 +118,6 @@ impl Server {
             tracing::warn!("calls that did not finish in {} s are cut off", DRAIN_LIMIT.as_secs());
             grpc.cut();
         }
-        accept.abort();
         upkeep.shutdown().await;
         if let Some(store) = store
             && timeout(CLOSE_LIMIT, store.close()).await.is_err()

@@ -256,20 +256,23 @@ impl Stepper {
 
     /// The new history is followed from `anchor` on. After the cache is emptied.
     pub fn follow_from(&self, anchor: Anchor) {
-        self.0.applied.store(anchor.revision.0, Ordering::SeqCst);
         self.0.store_head.store(anchor.revision.0, Ordering::SeqCst);
         let history = History(self.0.history.load(Ordering::SeqCst));
+        // Under the lock of the place: who has seen the one and then looks at the other must not see it go back.
         self.0.place.send_modify(|place| {
-            place.applied = anchor;
-            place.history = history;
+            self.0.applied.store(anchor.revision.0, Ordering::SeqCst);
+            *place = Place { applied: anchor, history };
         });
     }
 
     /// Everything up to `anchor` is in the cache and in the ring.
     pub fn advance(&self, anchor: Anchor) {
-        let before = self.0.applied.swap(anchor.revision.0, Ordering::SeqCst);
-        assert!(before < anchor.revision.0, "applied went from {before} to {}", anchor.revision);
-        self.0.place.send_modify(|place| place.applied = anchor);
+        let before = self.0.applied.load(Ordering::SeqCst);
+        assert!(before < anchor.revision.0, "applied goes from {before} to {}", anchor.revision);
+        self.0.place.send_modify(|place| {
+            self.0.applied.store(anchor.revision.0, Ordering::SeqCst);
+            place.applied = anchor;
+        });
     }
 
     pub fn saw_head(&self, head: Revision) {

@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{
     role::{MailboxId, UserId},
-    step::Step,
+    step::{HistoryEnded, Place, Step},
     store::{Call, Cause, Refusal, Store, WriteError, Written},
 };
 
@@ -107,17 +107,26 @@ impl Writer {
     /// Commits a call and waits until this replica has applied it: store, then cache, then watchers. A caller who stops
     /// waiting leaves the write to its fate.
     pub async fn write(&self, call: Call) -> Result<Written, WriteFailure> {
-        // Of before the write: should the store lose it again, another commit may have its revision.
-        let history = self.step.place().history;
+        let before = self.step.place();
         let (answer, outcome) = oneshot::channel();
         let pending = Pending { call, answer, first_tried: None, in_doubt_since: None };
         self.queue.try_send(pending).map_err(|_| WriteFailure::Overloaded)?;
         // A task that ends takes the process with it; until then the outcome is what it says.
         let written = outcome.await.map_err(|_| WriteFailure::OutcomeUnknown)??;
-        match timeout(CONFIRM_LIMIT, self.step.reach_in(history, written.revision)).await {
+        match timeout(CONFIRM_LIMIT, self.confirm(before, &written)).await {
             Ok(Ok(())) => Ok(written),
             _ => Err(WriteFailure::OutcomeUnknown),
         }
+    }
+
+    /// Waits until a write is applied, in the history in which it was handed over.
+    async fn confirm(&self, before: Place, written: &Written) -> Result<(), HistoryEnded> {
+        let applied = before.applied.revision;
+        if written.revision < applied || (written.revision == applied && !written.changes.is_empty()) {
+            // The first attempt of long ago; or the store has gone back in time, and the tailer is about to find out.
+            self.step.proven_anew().await;
+        }
+        self.step.reach_in(before.history, written.revision).await
     }
 }
 
@@ -188,7 +197,8 @@ impl BusyTask {
             });
             again.extend(committed.again);
         }
-        line.0.extend(again);
+        // In front of those who came after them.
+        again.into_iter().rev().for_each(|pending| line.0.push_front(pending));
     }
 }
 
@@ -285,7 +295,7 @@ async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committe
 // === impl Pending ===
 
 impl Pending {
-    /// Nobody waits for it any more, and it has not been sent.
+    /// Nobody waits for it any more, and it is known not to have happened.
     fn is_abandoned(&self) -> bool {
         self.in_doubt_since.is_none() && self.answer.is_closed()
     }

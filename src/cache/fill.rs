@@ -27,7 +27,7 @@ use tokio::{sync::watch, task::JoinSet, time::timeout};
 use super::{Filler, ReadError, RoleCache};
 use crate::{
     role::{Revision, RoleName, UserId},
-    step::HistoryEnded,
+    step::{History, HistoryEnded},
 };
 
 /// Users who wait for a query at once; more are refused.
@@ -216,8 +216,8 @@ impl RoleCache {
 
     /// One query for all of `running`, less those that it finishes.
     async fn ask(&self, running: &mut HashMap<UserId, Arc<Fill>>) -> Result<(), ReadError> {
-        let standing = self.step.standing();
-        let (history, applied) = (standing.history, standing.applied);
+        // The history may be about to begin: then it is waited for, and what was applied in the one before means nothing.
+        let (history, place) = (self.step.history(), self.step.place());
         let ticket = self.fills.ticket();
         let users: Vec<UserId> = running.keys().copied().collect();
         for fill in running.values() {
@@ -227,7 +227,7 @@ impl RoleCache {
         let found = self.store.roles(&users).await?;
         let revision = found.head.revision;
         self.step.nudge();
-        if revision < applied {
+        if place.history == history && revision < place.applied.revision {
             // The store has forgotten commits. The tailer, nudged, finds out what happened and begins a new history.
             let _ = timeout(STEP_LIMIT, self.step.reach_in(history, Revision(i64::MAX))).await;
             return Ok(());
@@ -241,7 +241,7 @@ impl RoleCache {
         for (user, role) in users.into_iter().zip(found.roles) {
             let fill = &running[&user];
             let filled = match reached {
-                true => self.keep(fill, role, revision),
+                true => self.keep(fill, role, revision, history),
                 false => Some(Filled { role, revision }),
             };
             if let Some(filled) = filled {
@@ -252,13 +252,15 @@ impl RoleCache {
         Ok(())
     }
 
-    /// Puts a role in that was read at `revision`, which is applied; None if a later commit has touched the user.
-    fn keep(&self, fill: &Fill, role: RoleName, revision: Revision) -> Option<Filled> {
+    /// Puts a role in that was read at `revision`, which is applied; None if a later commit has touched the user, or
+    /// the history has ended.
+    fn keep(&self, fill: &Fill, role: RoleName, revision: Revision, history: History) -> Option<Filled> {
         // Loaded before the mark is looked at: a commit marks first and is applied last, so that a role without a mark
         // is true as of this revision.
         let applied = self.step.applied();
         let overtaken = fill.overtaken();
-        if *overtaken > revision {
+        // A reset marks every fill, but this one may have sent its query after that; a new history begins before it.
+        if *overtaken > revision || self.step.history() != history {
             return None;
         }
         let complete = self.completeness.number().is_some();

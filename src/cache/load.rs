@@ -55,7 +55,7 @@ impl RoleCache {
         // Nothing can be loaded before there is a history to load it in.
         self.step.started().await;
         let before = self.completeness.before_load();
-        let history = self.step.place().history;
+        let history = self.step.history();
         let mut snapshot = self.store.snapshot().await?;
         let at = snapshot.anchor().revision;
         self.step.nudge();

@@ -71,9 +71,8 @@ impl RoleCache {
                 // A later read must not be older: it goes out once this replica has applied as much. Far behind, that
                 // takes too long; then it goes out at once, and the cache is not the truth until it is as far.
                 if filled.revision > self.step.applied() && self.is_far_behind() {
-                    self.floor.fetch_max(filled.revision.0, Ordering::SeqCst);
+                    self.floor.raise(standing.history, filled.revision);
                 } else if self.step.reach_in(standing.history, filled.revision).await.is_err() {
-                    self.lift_floor(standing);
                     return Err(ReadError::history_moved());
                 }
                 if filled.revision >= standing.applied {
@@ -83,7 +82,6 @@ impl RoleCache {
                 }
             }
         }
-        self.lift_floor(standing);
         if self.step.history() != standing.history {
             return Err(ReadError::history_moved());
         }
@@ -92,14 +90,6 @@ impl RoleCache {
         // True as of what was read, so of what is applied too, which is what a later read may be as old as.
         let oldest = oldest.min(self.step.applied());
         Ok((asked.into_iter().map(|place| found[place].role.clone()).collect(), oldest))
-    }
-
-    /// Takes back a floor of a history that has ended: the next one may never get so far. A reset takes it back too, so
-    /// that it goes whichever comes last.
-    fn lift_floor(&self, standing: Standing) {
-        if self.step.history() != standing.history {
-            self.floor.store(0, Ordering::SeqCst);
-        }
     }
 
     fn join(&self, index: usize, user: UserId, wish: Wish, is_accounted: &mut bool) -> Result<Joining, ReadError> {

@@ -1,11 +1,12 @@
 //! The cache: which role each user has, as of the last applied commit.
 //!
 //! Every entry is the store's state at `applied`, or at the one commit that is being applied just now. Entries come
-//! from commits ([`RoleCache::apply`], called by the tailer alone) and, in lazy mode, from [`fill`]s on a miss.
+//! from commits ([`RoleCache::apply`], called by the tailer alone) and, in lazy mode, from fills on a miss.
 //! No entry has a time and nothing is swept: a quiet server does nothing per cached user.
 
 mod entries;
 mod fill;
+mod floor;
 mod load;
 mod miss;
 #[cfg(test)]
@@ -16,7 +17,7 @@ mod read;
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -28,6 +29,7 @@ pub use self::read::{Answer, Answers, Query, ReadError, Source};
 use self::{
     entries::Entries,
     fill::{Fill, Fills},
+    floor::Floor,
     names::{Names, RoleId},
 };
 use crate::{
@@ -69,8 +71,7 @@ pub struct RoleCache {
     queue: mpsc::Sender<Arc<Fill>>,
     fallback: Semaphore,
     completeness: Completeness,
-    /// The newest revision of which an answer went out before it was applied, while catching up; 0 for none.
-    floor: AtomicI64,
+    floor: Floor,
     counters: Counters,
 }
 
@@ -105,7 +106,7 @@ struct Completeness {
     state: AtomicU64,
     /// Held while entries go because completeness ends, and while a load puts entries in: a load that has been overtaken
     /// by a reset would fill the table with roles of another history.
-    entries: Mutex<()>,
+    moving: Mutex<()>,
     lost: Notify,
 }
 
@@ -136,8 +137,8 @@ pub fn cache(options: Options, store: Arc<dyn Store>, step: Step) -> (Arc<RoleCa
         entries: Entries::new(capacity),
         fills: Fills::default(),
         queue: sender,
-        completeness: Completeness { state: AtomicU64::new(0), entries: Mutex::new(()), lost: Notify::new() },
-        floor: AtomicI64::new(0),
+        completeness: Completeness { state: AtomicU64::new(0), moving: Mutex::new(()), lost: Notify::new() },
+        floor: Floor::default(),
         counters: Counters::default(),
     });
     (cache.clone(), Filler { cache, queue })
@@ -179,7 +180,6 @@ impl RoleCache {
     /// Forgets everything: what is applied from now on is of another history.
     pub fn reset(&self) {
         self.fills.overtake_all();
-        self.floor.store(0, Ordering::SeqCst);
         self.completeness.lose(|| self.entries.clear());
     }
 
@@ -223,7 +223,7 @@ impl Completeness {
 
     /// Lets a load that began at `before` put entries in; None if completeness was lost again since.
     fn unless_lost(&self, before: u64, put_in: impl FnOnce()) -> Option<()> {
-        let _entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
         (self.state.load(Ordering::SeqCst) == before).then(put_in)
     }
 
@@ -236,7 +236,7 @@ impl Completeness {
     /// Ends completeness, and any load that runs now, and then takes entries out: absence must not be taken for the
     /// default role before.
     fn lose(&self, take_out: impl FnOnce()) {
-        let _entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
         let next = |state: u64| Some((state | 1) + 1);
         let _ = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
         take_out();

@@ -117,7 +117,7 @@ impl RoleCache {
 
     /// Whether the cache may answer as the truth: in step, and not behind an answer that the store has given.
     fn is_truth(&self, standing: &Standing) -> bool {
-        standing.is_proven() && standing.applied.0 >= self.floor.load(Ordering::SeqCst)
+        standing.is_proven() && self.floor.is_under(standing)
     }
 
     /// Whether it catches up with so much that nothing has been proven for a while.

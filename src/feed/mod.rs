@@ -17,7 +17,7 @@ use std::{
 use tokio::{
     sync::{Semaphore, watch},
     task::consume_budget,
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -36,10 +36,13 @@ pub const OVERSIZED: u64 = 10_000;
 const PAGERS: usize = 4;
 
 /// Changes that a paging watcher holds at once, one that does not read for as long as it does not.
-const PAGER_LIMIT: usize = 250;
+const PAGER_LIMIT: usize = 1_000;
 
 /// How often all watchers are woken at most: what comes in between reaches them together. The first is not kept waiting.
 const BELL_PAUSE: Duration = Duration::from_millis(10);
+
+/// How long a watch that cannot go on waits for this replica to follow the new history.
+const HISTORY_LIMIT: Duration = Duration::from_secs(2);
 
 /// Before a watcher asks a store again that did not answer.
 const PAGER_RETRY: Duration = Duration::from_millis(500);
@@ -162,8 +165,12 @@ impl Cursor {
     /// is something. May be dropped while it waits, and called again.
     pub async fn next(&mut self) -> Result<Arc<Commit>, CursorError> {
         loop {
-            if self.places.borrow().history != self.history {
-                return Err(CursorError::HistoryChanged { last: self.seen() });
+            self.in_history().await?;
+            // The bell may not have told of this history yet; what it tells of the one before is no use.
+            let place = *self.places.borrow_and_update();
+            if place.history != self.history {
+                self.moved().await?;
+                continue;
             }
             if let Some(commit) = self.paged.pop_front() {
                 self.position = match self.paged_to.filter(|_| self.paged.is_empty()) {
@@ -178,20 +185,38 @@ impl Cursor {
                 self.take(page.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))).await?;
                 continue;
             }
-            let applied = self.places.borrow_and_update().applied.revision;
+            let applied = place.applied.revision;
             match self.feed.look(self.seen()) {
                 Lookup::Next(commit) if self.position.inside.is_none() && commit.is_whole() => {
                     // A watcher with much before it must not keep a thread from everybody else.
                     consume_budget().await;
+                    // A new history begins before the ring does.
+                    self.in_history().await?;
                     self.position = commit.anchor().into();
                     return Ok(commit);
                 }
                 Lookup::Next(_) => self.paging = Some(self.page()),
                 Lookup::Behind if self.seen().revision < applied => self.paging = Some(self.page()),
                 Lookup::Behind | Lookup::UpToDate => self.moved().await?,
-                Lookup::Foreign => return Err(CursorError::HistoryChanged { last: self.seen() }),
+                Lookup::Foreign => return Err(self.history_changed().await),
             }
         }
+    }
+
+    /// Whether the history is still the one of this watch. Asked of the step itself, which never lags.
+    async fn in_history(&mut self) -> Result<(), CursorError> {
+        match self.feed.shared.step.history() == self.history {
+            true => Ok(()),
+            false => Err(self.history_changed().await),
+        }
+    }
+
+    /// The end of a watch, told once this replica follows the new history: whoever opens the next one finds it.
+    async fn history_changed(&mut self) -> CursorError {
+        self.feed.shared.step.nudge();
+        let history = self.history;
+        let _ = timeout(HISTORY_LIMIT, self.places.wait_for(|place| place.history > history)).await;
+        CursorError::HistoryChanged { last: self.seen() }
     }
 
     fn page(&self) -> AbortOnDropHandle<Result<Page, LogError>> {
@@ -215,7 +240,7 @@ impl Cursor {
                 return Err(CursorError::Compacted { requested, oldest, head });
             }
             Err(LogError::HistoryChanged { .. } | LogError::Unknown { .. }) => {
-                return Err(CursorError::HistoryChanged { last: self.seen() });
+                return Err(self.history_changed().await);
             }
         };
         // Pages never run ahead of what the cache has applied: who hears of a change and then reads would otherwise get

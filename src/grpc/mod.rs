@@ -3,6 +3,7 @@
 //! `tonic` and `prost` are known here and in the client only.
 
 mod convert;
+mod core;
 mod deadline;
 mod edge;
 mod roles;
@@ -17,12 +18,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{net::TcpListener, sync::Semaphore};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::net::TcpListener;
+use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use self::{edge::Edge, roles::RoleService, transport::Ends, watch::Watches};
+use self::{core::Core, edge::Edge, roles::RoleService, transport::Ends, watch::Watches};
 use crate::{
     cache::RoleCache,
     feed::Feed,
@@ -45,31 +46,11 @@ const READ_LIMIT: Duration = Duration::from_secs(5);
 /// Who asks, where the server asks nobody who they are.
 const ANONYMOUS: &str = "anonymous";
 
-/// Snapshots that are read from the store at once.
-const SNAPSHOTS: usize = 4;
-
-/// What callers list and look up in the store at once; the others wait for their turn.
-const LOOKUPS: usize = 4;
-
 /// How much is served at once; what is over it is refused.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub calls: usize,
     pub watches: usize,
-}
-
-/// What the services answer from.
-pub struct Core {
-    cache: Arc<RoleCache>,
-    feed: Feed,
-    writer: Writer,
-    store: Arc<dyn Store>,
-    step: Step,
-    watches: Watches,
-    snapshots: Semaphore,
-    lookups: Semaphore,
-    started: Instant,
-    shutdown: CancellationToken,
 }
 
 /// The gRPC side of a server: bound and answering from the start, with a core as soon as the store is reached.
@@ -122,18 +103,8 @@ impl Grpc {
     /// # Panics
     /// On a second call.
     pub fn open(&self, cache: Arc<RoleCache>, feed: Feed, writer: Writer, store: Arc<dyn Store>, step: Step) {
-        let core = Core {
-            cache,
-            feed,
-            writer,
-            store,
-            step,
-            watches: Watches::new(self.limits.watches),
-            snapshots: Semaphore::new(SNAPSHOTS),
-            lookups: Semaphore::new(LOOKUPS),
-            started: self.started,
-            shutdown: self.ends.gently.clone(),
-        };
+        let (watches, shutdown) = (Watches::new(self.limits.watches), self.ends.gently.clone());
+        let core = Core::new(cache, feed, writer, store, step, watches, self.started, shutdown);
         assert!(self.core.set(Arc::new(core)).is_ok(), "a server has one core");
     }
 

@@ -5,11 +5,11 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use tokio::{sync::SemaphorePermit, time::Instant};
+use tokio::time::Instant;
 use tonic::{Extensions, Request, Response, Status};
 
 use super::{
-    ANONYMOUS, Core, READ_LIMIT, convert,
+    ANONYMOUS, Core, convert,
     deadline::Deadline,
     status::Fault,
     token::{ChangesPlace, Listing, UsersPlace},
@@ -18,9 +18,8 @@ use super::{
 use crate::{
     cache::{Query, Source},
     proto::v1::{self, role_cache_service_server::RoleCacheService},
-    role::{MailboxId, Revision, RoleName},
-    store::{Call, ListPosition, Op, Written},
-    writer::WriteFailure,
+    role::{Revision, RoleName},
+    store::{Call, ListPosition, Op},
 };
 
 /// The RPCs of the contract, over a core that is there once the store has been reached.
@@ -234,64 +233,6 @@ impl RoleCacheService for RoleService {
         let (_, extensions, request) = request.into_parts();
         let stream = watch::open(self.core()?.clone(), request, deadline(&extensions)).await?;
         Ok(Response::new(stream))
-    }
-}
-
-// === impl Core ===
-
-impl Core {
-    async fn write(&self, call: Call) -> Result<Written, Fault> {
-        let mailbox: Option<MailboxId> = call.mailbox();
-        self.writer.write(call).await.map_err(|failure: WriteFailure| Fault::write(failure, mailbox))
-    }
-
-    fn changes(&self, written: &Written) -> Vec<v1::RoleChange> {
-        let admin = &self.store.facts().admin_role;
-        written.changes.iter().map(|change| convert::change(change, written.revision, written.at, admin)).collect()
-    }
-
-    /// Waits for a turn to look something up in the store.
-    pub(super) async fn lookup(&self) -> Result<SemaphorePermit<'_>, Fault> {
-        match tokio::time::timeout(READ_LIMIT, self.lookups.acquire()).await {
-            Ok(Ok(turn)) => Ok(turn),
-            _ => Err(Fault::Overloaded),
-        }
-    }
-
-    /// Waits until this replica has applied what an answer from the store shows: who sees it and then reads must not
-    /// get an older role.
-    pub(super) async fn applied(&self, revision: Revision) -> Result<(), Fault> {
-        self.step.nudge();
-        match tokio::time::timeout(READ_LIMIT, self.step.reach(revision)).await {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(Fault::StoreUnreachable),
-        }
-    }
-
-    fn stats(&self) -> v1::StatsResponse {
-        let stats = self.cache.stats();
-        let reads = stats.hits + stats.misses;
-        let facts = self.store.facts();
-        let int = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        v1::StatsResponse {
-            hits: int(stats.hits),
-            misses: int(stats.misses),
-            hit_rate_percent: if reads == 0 { 0.0 } else { stats.hits as f64 / reads as f64 * 100.0 },
-            cache_size: int(stats.users),
-            events_processed: int(stats.changes_applied),
-            event_handlers: self.watches.open() as i64,
-            revision: self.step.applied().0,
-            store_revision: self.step.store_head().max(self.step.applied()).0,
-            store_id: facts.store_id.to_string(),
-            store_kind: facts.kind.as_str().to_owned(),
-            feed_state: convert::feed_state(self.step.feed()).into(),
-            store_reads: int(stats.store_reads),
-            coalesced_misses: int(stats.coalesced_misses),
-            stale_answers: int(stats.stale_answers),
-            cache_bytes: int(stats.bytes),
-            uptime: prost_types::Duration::try_from(self.started.elapsed()).ok(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        }
     }
 }
 

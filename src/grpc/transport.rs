@@ -3,13 +3,14 @@
 //! The loop is our own because tonic's leaves the limits below off and cannot set the last one: a client that opens
 //! streams and does not read would have it buffer 400 KiB for each.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    time::sleep,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -30,6 +31,12 @@ const HEADER_BYTES: u32 = 16 * 1024;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Connections at once; further ones wait to be accepted.
+const CONNECTIONS: usize = 16_384;
+
+/// How long a new connection may take to begin HTTP/2.
+const PREFACE_LIMIT: Duration = Duration::from_secs(10);
+
 /// Before the next accept where the process is out of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
@@ -44,14 +51,19 @@ pub(super) struct Ends {
 
 /// Accepts connections until they are to end.
 pub(super) async fn serve(listener: TcpListener, edge: Edge, connections: TaskTracker, ends: Ends) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let accepted = tokio::select! {
             () = ends.gently.cancelled() => break,
-            accepted = listener.accept() => accepted,
+            accepted = accept(&listener, &places) => accepted,
         };
         match accepted {
-            Ok((stream, _)) => {
-                connections.spawn(connection(stream, edge.clone(), ends.clone()));
+            Ok((stream, place)) => {
+                let (edge, ends) = (edge.clone(), ends.clone());
+                connections.spawn(async move {
+                    connection(stream, edge, ends).await;
+                    drop(place);
+                });
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -62,9 +74,28 @@ pub(super) async fn serve(listener: TcpListener, edge: Edge, connections: TaskTr
     connections.close();
 }
 
+async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+    let Ok(place) = places.clone().acquire_owned().await else { unreachable!("the semaphore is never closed") };
+    let (stream, _) = listener.accept().await?;
+    Ok((stream, place))
+}
+
+/// Waits for the first bytes of HTTP/2. Whoever says nothing would keep its connection for ever: hyper asks whether a
+/// client is still there only once that has begun.
+async fn has_begun(stream: &TcpStream) -> bool {
+    matches!(timeout(PREFACE_LIMIT, stream.peek(&mut [0])).await, Ok(Ok(1)))
+}
+
 async fn connection(stream: TcpStream, edge: Edge, ends: Ends) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY could not be set");
+    }
+    let has_begun = tokio::select! {
+        has_begun = has_begun(&stream) => has_begun,
+        () = ends.gently.cancelled() => false,
+    };
+    if !has_begun {
+        return;
     }
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let edge = edge.clone();

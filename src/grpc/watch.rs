@@ -85,7 +85,7 @@ async fn start(core: &Core, after: &str, initial_snapshot: bool) -> Result<Start
     }
     let resume = Resume::parse(after)
         .map_err(|_| Fault::field("after", "it is neither a resume_token of this service nor a revision"))?;
-    let _turn = core.lookup().await?;
+    let _turn = core.resume().await?;
     let located = match resume {
         Resume::After { store_id, anchor } if store_id == core.store.facts().store_id => {
             core.store.locate(anchor.revision, Some(anchor.tag)).await
@@ -127,11 +127,12 @@ impl Watch {
                     let mut snapshot = SnapshotReader::start(self.core.clone());
                     let anchor = self.unless_over(snapshot.anchor()).await??;
                     yield self.started(anchor, false);
-                    loop {
-                        let (users, last) = self.unless_over(self.chunk(&mut snapshot)).await??;
-                        yield response(Event::Snapshot(v1::Snapshot { users, last }));
-                        if last {
-                            break;
+                    let mut last = false;
+                    while !last {
+                        let users = self.unless_over(self.chunk(&mut snapshot)).await??;
+                        last = users.is_empty();
+                        for users in in_messages(users) {
+                            yield response(Event::Snapshot(v1::Snapshot { users, last }));
                         }
                     }
                     self.core.feed.after(anchor, history)
@@ -212,15 +213,15 @@ impl Watch {
         }
     }
 
-    /// The next users of a snapshot that pass the filter, and whether they are the last.
-    async fn chunk(&self, snapshot: &mut SnapshotReader) -> Result<(Vec<v1::UserRole>, bool), Fault> {
+    /// The next users of a snapshot that pass the filter; none at the end.
+    async fn chunk(&self, snapshot: &mut SnapshotReader) -> Result<Vec<v1::UserRole>, Fault> {
         loop {
             let rows = snapshot.next().await?;
-            let last = rows.is_empty();
+            let is_end = rows.is_empty();
             let users: Vec<_> =
                 rows.into_iter().filter(|row| self.filter.passes_user(row)).map(convert::user_role).collect();
-            if last || !users.is_empty() {
-                return Ok((users, last));
+            if is_end || !users.is_empty() {
+                return Ok(users);
             }
         }
     }
@@ -248,6 +249,26 @@ impl Watch {
         let is_due = !changes.is_empty() || (ends && inside);
         is_due.then(|| convert::commit(commit, changes, !is_last, facts.store_id))
     }
+}
+
+/// Users in runs that fit into a message each; one empty run of none.
+fn in_messages(users: Vec<v1::UserRole>) -> Vec<Vec<v1::UserRole>> {
+    let mut runs = vec![Vec::new()];
+    let mut bytes = 0;
+    for user in users {
+        let size = prost::Message::encoded_len(&user);
+        match runs.last_mut() {
+            Some(run) if run.is_empty() || bytes + size <= MESSAGE_BYTES => {
+                bytes += size;
+                run.push(user);
+            }
+            _ => {
+                bytes = size;
+                runs.push(vec![user]);
+            }
+        }
+    }
+    runs
 }
 
 enum Happened {

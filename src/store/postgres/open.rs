@@ -37,7 +37,11 @@ const BEHIND: &str = "
     from rolecache.feed f";
 
 const REPAIR: &str = "
-    select setval('rolecache.revision', greatest($1, 1)), setval('rolecache.commits_id_seq', greatest($2, 1))";
+    select setval('rolecache.revision', greatest($1, 1)), setval('rolecache.commits_id_seq', greatest($2, 0) + 1000)";
+
+/// Of a look at what is there, and of what may wait for others' locks.
+const LOOK_LIMIT: Duration = Duration::from_secs(10);
+const REPAIR_LIMIT: Duration = Duration::from_secs(90);
 
 /// Connects, adopts or creates the tables, and checks that this program may serve them.
 pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
@@ -48,13 +52,18 @@ pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
     let unlimited = session::session(&url, Duration::ZERO)
         .options([("lock_timeout", "0"), ("idle_in_transaction_session_timeout", "0")]);
     let mut conn = session::connect(&unlimited).await?;
-    let about = server(&mut conn, &url).await?;
+    let about = within(LOOK_LIMIT, server(&mut conn, &url)).await?;
     let adopted = migrate::ensure(&mut conn, options).await?;
-    let facts = feed(&mut conn, options, about, adopted).await?;
-    repair(&mut conn).await?;
-    triggers::ensure(&mut conn, options).await?;
+    let facts = within(LOOK_LIMIT, feed(&mut conn, options, about, adopted)).await?;
+    within(REPAIR_LIMIT, repair(&mut conn)).await?;
+    within(REPAIR_LIMIT, triggers::ensure(&mut conn, options)).await?;
     let _ = tokio::time::timeout(session::CONNECT_LIMIT, conn.close()).await;
     Ok(Arc::new(Postgres { pools: Pools::new(&url), url, facts, listening: Listening::default() }))
+}
+
+/// A step of opening: a server that falls silent in it counts as out of reach.
+async fn within<T>(limit: Duration, step: impl Future<Output = Result<T, OpenError>>) -> Result<T, OpenError> {
+    tokio::time::timeout(limit, step).await.unwrap_or_else(|_| Err(Failure::Silent(limit).into()))
 }
 
 async fn server(conn: &mut PgConnection, url: &PgConnectOptions) -> Result<String, OpenError> {
@@ -117,7 +126,8 @@ async fn repair(conn: &mut PgConnection) -> Result<(), OpenError> {
         return Ok(());
     }
     let mut tx = conn.begin().await.map_err(Failure::from)?;
-    // The feed lock: nobody draws a number meanwhile, and all that were drawn are visible.
+    // The feed lock: nobody draws a revision meanwhile, and all that were drawn are visible. Ids are drawn without it,
+    // and so leave a gap for those.
     sqlx::query("select pg_advisory_xact_lock(7237966, 1)").execute(&mut *tx).await.map_err(Failure::from)?;
     if let Some((newest, newest_id)) = behind(&mut tx).await? {
         sqlx::query(REPAIR).bind(newest).bind(newest_id).execute(&mut *tx).await.map_err(Failure::from)?;

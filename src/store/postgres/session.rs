@@ -26,7 +26,7 @@ const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 
 /// Each kind of work has its own connections, so that none waits behind another.
 pub(super) struct Pools {
-    /// Roles, and snapshots.
+    /// The roles of users.
     pub(super) reads: PgPool,
     /// What callers list and look up, as many as they like.
     pub(super) lists: PgPool,
@@ -94,7 +94,7 @@ impl Pools {
         let log = usual.clone().options([("enable_bitmapscan", "off"), ("enable_seqscan", "off")]);
         Self {
             reads: pool(12).connect_lazy_with(usual.clone()),
-            lists: pool(4).connect_lazy_with(log.clone()),
+            lists: pool(8).connect_lazy_with(log.clone()),
             log: pool(6).connect_lazy_with(log),
             // Asked before each use: a write that finds its connection gone would be one with an unknown outcome.
             writer: pool(2).test_before_acquire(true).connect_lazy_with(usual),

@@ -1,0 +1,130 @@
+//! What the services answer from, and what several RPCs do with it.
+
+use std::{sync::Arc, time::Instant};
+
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{READ_LIMIT, convert, status::Fault, watch::Watches};
+use crate::{
+    cache::RoleCache,
+    feed::Feed,
+    proto::v1,
+    role::{MailboxId, Revision},
+    step::Step,
+    store::{Call, Store, Written},
+    writer::{WriteFailure, Writer},
+};
+
+/// Snapshots that are read from the store at once.
+const SNAPSHOTS: usize = 4;
+
+/// What callers list from the store at once, and what watches look up there; the others wait for their turn.
+const LOOKUPS: usize = 4;
+const RESUMES: usize = 4;
+
+pub(super) struct Core {
+    pub(super) cache: Arc<RoleCache>,
+    pub(super) feed: Feed,
+    pub(super) writer: Writer,
+    pub(super) store: Arc<dyn Store>,
+    pub(super) step: Step,
+    pub(super) watches: Watches,
+    pub(super) snapshots: Semaphore,
+    lookups: Semaphore,
+    resumes: Semaphore,
+    started: Instant,
+    pub(super) shutdown: CancellationToken,
+}
+
+impl Core {
+    #[expect(clippy::too_many_arguments, reason = "each is a part of its own, and there is one call")]
+    pub(super) fn new(
+        cache: Arc<RoleCache>,
+        feed: Feed,
+        writer: Writer,
+        store: Arc<dyn Store>,
+        step: Step,
+        watches: Watches,
+        started: Instant,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let (snapshots, lookups) = (Semaphore::new(SNAPSHOTS), Semaphore::new(LOOKUPS));
+        let resumes = Semaphore::new(RESUMES);
+        Self { cache, feed, writer, store, step, watches, snapshots, lookups, resumes, started, shutdown }
+    }
+
+    pub(super) async fn write(&self, call: Call) -> Result<Written, Fault> {
+        let mailbox: Option<MailboxId> = call.mailbox();
+        self.writer.write(call).await.map_err(|failure: WriteFailure| Fault::write(failure, mailbox))
+    }
+
+    pub(super) fn changes(&self, written: &Written) -> Vec<v1::RoleChange> {
+        let admin = &self.store.facts().admin_role;
+        written.changes.iter().map(|change| convert::change(change, written.revision, written.at, admin)).collect()
+    }
+
+    /// Waits for a turn to list something from the store.
+    pub(super) async fn lookup(&self) -> Result<SemaphorePermit<'_>, Fault> {
+        turn(&self.lookups).await
+    }
+
+    /// Waits for a turn to look up where a watch goes on: lists, which may take long, are not in its way.
+    pub(super) async fn resume(&self) -> Result<SemaphorePermit<'_>, Fault> {
+        turn(&self.resumes).await
+    }
+
+    /// Waits until this replica has applied what an answer from the store shows: who sees it and then reads must not
+    /// get an older role.
+    pub(super) async fn applied(&self, revision: Revision) -> Result<(), Fault> {
+        let place = self.step.place();
+        self.step.nudge();
+        let arrived = async {
+            if revision < place.applied.revision {
+                // Of before this replica's last commits, or the store has gone back in time: the next proof tells.
+                self.step.proven_anew().await;
+            }
+            self.step.reach_in(place.history, revision).await
+        };
+        match timeout(READ_LIMIT, arrived).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Fault::StoreUnreachable),
+        }
+    }
+
+    pub(super) fn stats(&self) -> v1::StatsResponse {
+        let stats = self.cache.stats();
+        let reads = stats.hits + stats.misses;
+        let facts = self.store.facts();
+        let int = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        v1::StatsResponse {
+            hits: int(stats.hits),
+            misses: int(stats.misses),
+            hit_rate_percent: if reads == 0 { 0.0 } else { stats.hits as f64 / reads as f64 * 100.0 },
+            cache_size: int(stats.users),
+            events_processed: int(stats.changes_applied),
+            event_handlers: self.watches.open() as i64,
+            revision: self.step.applied().0,
+            store_revision: self.step.store_head().max(self.step.applied()).0,
+            store_id: facts.store_id.to_string(),
+            store_kind: facts.kind.as_str().to_owned(),
+            feed_state: convert::feed_state(self.step.feed()).into(),
+            store_reads: int(stats.store_reads),
+            coalesced_misses: int(stats.coalesced_misses),
+            stale_answers: int(stats.stale_answers),
+            cache_bytes: int(stats.bytes),
+            uptime: prost_types::Duration::try_from(self.started.elapsed()).ok(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+}
+
+async fn turn(turns: &Semaphore) -> Result<SemaphorePermit<'_>, Fault> {
+    match timeout(READ_LIMIT, turns.acquire()).await {
+        Ok(Ok(turn)) => Ok(turn),
+        _ => Err(Fault::Overloaded),
+    }
+}
