@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{ConnectOptions, SqliteConnection, sqlite::SqliteConnectOptions};
+use sqlx::{ConnectOptions, Row, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio::{
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -35,6 +35,7 @@ pub(super) struct Source {
     identity: Identity,
     looker: Arc<Looker>,
     places: Arc<Semaphore>,
+    /// Of everything that is connected to the file.
     over: Arc<AtomicBool>,
 }
 
@@ -48,18 +49,19 @@ pub(super) struct Connection {
 // === impl Source ===
 
 impl Source {
-    pub(super) fn new(options: SqliteConnectOptions, identity: Identity, looker: Arc<Looker>, places: u32) -> Self {
-        Self { options, identity, looker, places: Arc::new(Semaphore::new(places as usize)), over: Arc::default() }
+    pub(super) fn new(
+        options: SqliteConnectOptions,
+        identity: Identity,
+        looker: Arc<Looker>,
+        over: Arc<AtomicBool>,
+        places: u32,
+    ) -> Self {
+        Self { options, identity, looker, places: Arc::new(Semaphore::new(places as usize)), over }
     }
 
     /// The same places, and another wait for locks.
     pub(super) fn with_busy(&self, busy: Duration) -> Self {
         Self { options: self.options.clone().busy_timeout(busy), ..self.clone() }
-    }
-
-    /// Ends whatever still runs.
-    pub(super) fn interrupt(&self) {
-        self.over.store(true, Ordering::Relaxed);
     }
 
     /// Waits until `places` of them are free, which all are in the end.
@@ -74,6 +76,7 @@ impl Source {
 
     pub(super) async fn place(&self) -> Result<OwnedSemaphorePermit, sqlx::Error> {
         match timeout(ACQUIRE, self.places.clone().acquire_owned()).await {
+            Ok(_) if self.over.load(Ordering::SeqCst) => Err(sqlx::Error::PoolClosed),
             Ok(place) => place.map_err(|_| sqlx::Error::PoolClosed),
             Err(_) => Err(sqlx::Error::PoolTimedOut),
         }
@@ -101,6 +104,13 @@ impl Source {
 // === impl Connection ===
 
 impl Connection {
+    /// Brings what only the write-ahead log holds into the file that is open here, whatever has its name by now.
+    pub(super) async fn checkpoint(&mut self) -> Result<bool, sqlx::Error> {
+        let row = sqlx::query("pragma wal_checkpoint(passive)").fetch_one(&mut **self).await?;
+        let (pages, done): (i64, i64) = (row.try_get(1)?, row.try_get(2)?);
+        Ok(pages == done)
+    }
+
     /// Waits until its transaction is over and its locks are free.
     pub(super) async fn close(mut self) {
         if let Some(closing) = self.start_closing() {

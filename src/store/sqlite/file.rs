@@ -44,6 +44,11 @@ impl Identity {
         Ok(Self { file: number(path)?, wal: number(&beside(path, "-wal")).ok() })
     }
 
+    /// The same, without a write-ahead log that may be removed.
+    pub(super) fn without_wal(self) -> Self {
+        Self { wal: None, ..self }
+    }
+
     pub(super) fn is_file_of(&self, other: &Self) -> bool {
         self.file == other.file
     }
@@ -60,6 +65,10 @@ impl Identity {
     /// Removes the write-ahead log of a file that is no longer at `path`: SQLite would play it into the one that is now.
     pub(super) fn remove_old_wal(&self, path: &Path) {
         let wal = beside(path, "-wal");
+        // Back again: the log beside it is its own.
+        if number(path).is_ok_and(|file| file == self.file) {
+            return;
+        }
         if self.wal.is_some() && number(&wal).ok() == self.wal {
             for left in [wal, beside(path, "-shm")] {
                 if let Err(error) = std::fs::remove_file(&left) {

@@ -1,6 +1,6 @@
 //! The embedded store: one SQLite file, one server process, any number of other programs that write to `users`.
 //!
-//! Reads run on two pools and see one moment each, by one statement or one read transaction. Writes run on one connection,
+//! Reads run on a few pools and see one moment each, by one statement or one read transaction. Writes run on one connection,
 //! which is thrown away on any doubt about its transaction. Every call has a limit of its own: a disk may freeze.
 
 mod adopt;
@@ -69,13 +69,15 @@ struct Current {
     live: Arc<Live>,
     /// None once the file is known to be another one.
     looked: Option<Instant>,
+    /// The store is closed, and opens nothing any more.
+    closed: bool,
 }
 
 // === impl Sqlite ===
 
 impl Sqlite {
     fn new(path: PathBuf, options: Options, facts: Facts, live: Live, looker: Arc<Looker>, lock: Lock) -> Self {
-        let current = Current { live: Arc::new(live), looked: Some(Instant::now()) };
+        let current = Current { live: Arc::new(live), looked: Some(Instant::now()), closed: false };
         Self {
             path,
             options,
@@ -102,9 +104,16 @@ impl Sqlite {
         if let Some(live) = self.looked_within(asked.elapsed()) {
             return Ok(live);
         }
-        let live = self.current.lock().unwrap_or_else(PoisonError::into_inner).live.clone();
+        let live = {
+            let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            if current.closed {
+                return Err(closed());
+            }
+            current.live.clone()
+        };
         match self.looker.look().await {
-            Ok(now) if now.is_file_of(&live.identity()) => {
+            // Closed for a file that could not be opened then, it is of no use for the one that came back.
+            Ok(now) if now.is_file_of(&live.identity()) && !live.is_closed() => {
                 *live.identity.lock().unwrap_or_else(PoisonError::into_inner) = now;
                 self.current.lock().unwrap_or_else(PoisonError::into_inner).looked = Some(asked);
                 Ok(live)
@@ -121,16 +130,21 @@ impl Sqlite {
 
     /// Follows the name to the file that it names now: a restored backup, whose history the anchors will not find.
     async fn reopen(&self, old: Arc<Live>) -> Result<Arc<Live>, StoreError> {
-        tracing::warn!(file = %self.path.display(), "the database file was replaced; opening the new one");
         self.current.lock().unwrap_or_else(PoisonError::into_inner).looked = None;
         let gone = |error| StoreError::Unreachable(error::cause(error));
-        let (identity, path) = (old.identity(), self.path.clone());
-        let identity = file::aside(move || identity.with_open_wal(&path)).await.map_err(gone)?;
-        // Noted, should this call be dropped before it is done.
-        *old.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity;
+        let note = |identity| *old.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity;
+        if !old.is_closed() {
+            tracing::warn!(file = %self.path.display(), "the database file was replaced; opening the new one");
+            // Not once it is closed: what this process has open then may belong to the file that it could not open.
+            let (identity, path) = (old.identity(), self.path.clone());
+            // Noted, should this call be dropped before it is done.
+            note(file::aside(move || identity.with_open_wal(&path)).await.map_err(gone)?);
+        }
         old.close().await;
-        let path = self.path.clone();
+        let (identity, path) = (old.identity(), self.path.clone());
         file::aside(move || identity.remove_old_wal(&path)).await.map_err(gone)?;
+        // Another one may get its number.
+        note(identity.without_wal());
         let known = Some(self.facts.store_id);
         let live = match open::establish(&self.path, &self.options, &self.looker, known).await {
             Ok((live, _)) => Arc::new(live),
@@ -139,8 +153,17 @@ impl Sqlite {
             }
             Err(EstablishError::Open(error)) => return Err(StoreError::Unreachable(error::cause(error))),
         };
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        *current = Current { live: live.clone(), looked: Some(Instant::now()) };
+        let is_closed = {
+            let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            if !current.closed {
+                *current = Current { live: live.clone(), looked: Some(Instant::now()), closed: false };
+            }
+            current.closed
+        };
+        if is_closed {
+            live.close().await;
+            return Err(closed());
+        }
         Ok(live)
     }
 }
@@ -160,11 +183,11 @@ impl Store for Sqlite {
     }
 
     async fn locate(&self, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
-        limited(async { log::locate(&self.live().await?.reads, revision, tag).await }).await
+        limited(async { log::locate(&self.live().await?.lists, revision, tag).await }).await
     }
 
     async fn roles(&self, users: &[UserId]) -> Result<Roles, StoreError> {
-        limited(async { users::roles(&self.live().await?.reads, &self.facts.default_role, users).await }).await
+        limited(async { users::roles(&self.live().await?.fills, &self.facts.default_role, users).await }).await
     }
 
     async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
@@ -183,7 +206,7 @@ impl Store for Sqlite {
     }
 
     async fn mailbox(&self, mailbox: MailboxId) -> Result<Option<UserId>, StoreError> {
-        limited(async { users::mailbox(&self.live().await?.reads, mailbox).await }).await
+        limited(async { users::mailbox(&self.live().await?.lists, mailbox).await }).await
     }
 
     async fn list_users(
@@ -201,7 +224,7 @@ impl Store for Sqlite {
         from: ListPosition,
         limit: usize,
     ) -> Result<ChangePage, LogError> {
-        limited(async { list::changes(&self.live().await?.reads, user, from, limit).await }).await
+        limited(async { list::changes(&self.live().await?.lists, user, from, limit).await }).await
     }
 
     async fn trim(&self, retain: Duration) -> Result<Trimmed, StoreError> {
@@ -209,7 +232,7 @@ impl Store for Sqlite {
     }
 
     async fn check_triggers(&self) -> Result<Vec<String>, StoreError> {
-        limited(async { check::triggers(&self.live().await?.reads).await }).await
+        limited(async { check::triggers(&self.live().await?.lists).await }).await
     }
 
     async fn listen(&self, _wake: &(dyn Fn() + Send + Sync)) -> StoreError {
@@ -222,13 +245,21 @@ impl Store for Sqlite {
     }
 
     async fn close(&self) {
-        let live = self.current.lock().unwrap_or_else(PoisonError::into_inner).live.clone();
+        let live = {
+            let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            current.closed = true;
+            current.live.clone()
+        };
         live.close().await;
         let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(lock) = lock {
             lock.release();
         }
     }
+}
+
+fn closed() -> StoreError {
+    unreachable("the store is closed")
 }
 
 async fn limited<T, E: From<StoreError>>(call: impl Future<Output = Result<T, E>>) -> Result<T, E> {

@@ -2,7 +2,11 @@
 //!
 //! A refusal leaves the file as it was. Everything that can refuse looks before the first write.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use sqlx::{ConnectOptions, Connection, SqliteConnection, migrate::MigrateError, sqlite::SqliteConnectOptions};
 use uuid::Uuid;
@@ -27,9 +31,14 @@ const READ_BUSY: Duration = Duration::from_secs(2);
 const WRITE_BUSY: Duration = Duration::from_millis(10);
 /// The tailer, four pagers and one more.
 const LOG_READERS: u32 = 6;
-const READERS: u32 = 8;
+/// As many as the cache asks for at once.
+const FILL_READERS: u32 = 8;
+/// Lists and look-ups, places in the log, and upkeep.
+const LIST_READERS: u32 = 8;
+/// Those of callers, the cache's own, and one that is closing.
+const SNAPSHOT_READERS: u32 = 6;
 /// One that writes, one that finds out what became of a write, and the same while both are stuck.
-const WRITERS: u32 = 4;
+pub(super) const WRITERS: u32 = 4;
 
 /// Why a file cannot be connected to.
 pub(super) enum EstablishError {
@@ -106,14 +115,19 @@ pub(super) async fn establish(
 
     let identity = looker.look().await.map_err(|error| OpenError::Unreachable(cause(error)))?;
     let readers = base(path).busy_timeout(READ_BUSY).pragma("query_only", "on");
-    let pool = |size| Pool::new(Source::new(readers.clone(), identity, looker.clone(), size), size);
+    let over = Arc::new(AtomicBool::new(false));
+    let source = |options, places| Source::new(options, identity, looker.clone(), over.clone(), places);
+    let pool = |size| Pool::new(source(readers.clone(), size), size);
     let live = Live {
         log: pool(LOG_READERS),
-        reads: pool(READERS),
+        fills: pool(FILL_READERS),
+        lists: pool(LIST_READERS),
+        snapshots: pool(SNAPSHOT_READERS),
         writer: tokio::sync::Mutex::new(None),
-        writers: Source::new(base(path).busy_timeout(WRITE_BUSY), identity, looker.clone(), WRITERS),
+        writers: source(base(path).busy_timeout(WRITE_BUSY), WRITERS),
         identity: std::sync::Mutex::new(identity),
         users,
+        over: over.clone(),
     };
     Ok((live, facts))
 }

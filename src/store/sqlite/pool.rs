@@ -63,12 +63,16 @@ impl Pool {
         Ok(Lease { connection, idle: self.idle.clone() })
     }
 
-    /// Ends what still reads, and waits until every connection is closed.
+    /// A connection that nobody reads on, which never goes back.
+    pub(super) fn take_idle(&self) -> Option<Connection> {
+        lock(&self.idle).connections.pop()
+    }
+
+    /// Waits until every connection is closed. The source is over: what still reads ends.
     pub(super) async fn close(&self) {
         let left = {
             let mut idle = lock(&self.idle);
             idle.closed = true;
-            self.source.interrupt();
             std::mem::take(&mut idle.connections)
         };
         for connection in left {
@@ -85,10 +89,11 @@ impl Lease {
     pub(super) fn end<T, E: Verdict>(self, answer: Result<T, E>) -> Result<T, E> {
         if answer.as_ref().err().is_none_or(Verdict::is_in_order) {
             let Self { mut connection, idle } = self;
-            // Free only once the connection is back.
-            let _place = connection.swap_place(None);
             let mut idle = lock(&idle);
+            // Otherwise it keeps its place until it is closed, for which the pool waits.
             if !idle.closed {
+                // Free only once the connection is back.
+                let _place = connection.swap_place(None);
                 idle.connections.push(connection);
             }
         }

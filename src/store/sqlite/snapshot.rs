@@ -23,7 +23,7 @@ struct Reading {
 }
 
 pub(super) async fn open(live: &Live) -> Result<Box<dyn Snapshot>, StoreError> {
-    let mut connection = live.reads.lease().await?.keep();
+    let mut connection = live.snapshots.lease().await?.keep();
     sqlx::raw_sql("begin").execute(&mut *connection).await?;
     // The transaction sees the moment of its first read, which is this one.
     let row = sqlx::query("select revision, tag from rolecache_head").fetch_one(&mut *connection).await?;

@@ -19,7 +19,7 @@ pub(super) async fn trim(live: &Live, retain: Duration) -> Result<Trimmed, Store
     let now = SystemTime::now();
     let (commits_before, requests_before) = (millis_before(now, retain), millis_before(now, KEEP_REQUESTS));
     // Looks without the write lock first: most of the time there is nothing to do.
-    let mut lease = live.reads.lease().await?;
+    let mut lease = live.lists.lease().await?;
     let is_due: Result<bool, _> = sqlx::query_scalar(
         "select exists (select 1 from rolecache_requests where answered_at < ?2)
              or (select count(*) from (select 1 from rolecache_commits limit ?3 + 1)) > ?3

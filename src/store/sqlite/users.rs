@@ -61,7 +61,7 @@ pub(super) async fn list(
            where typeof(user_id) = 'integer' {bound} {filter} order by user_id limit ?3
          ) u order by u.user_id"
     );
-    let mut lease = live.reads.lease().await?;
+    let mut lease = live.lists.lease().await?;
     let found = sqlx::query(AssertSqlSafe(sql))
         .bind(after.map(|user| user.0))
         .bind(role)

@@ -122,6 +122,46 @@ async fn an_unrelated_database_in_its_place_is_left_untouched() {
 }
 
 #[tokio::test]
+async fn the_file_comes_back_after_another_could_not_be_opened() {
+    for (has_read, is_copy) in [(true, false), (false, false), (true, true)] {
+        let database = SqliteFile::fresh().await;
+        let store = database.open().await;
+        if has_read {
+            store.head().await.unwrap();
+        }
+        write(&store, set(1, "before")).await.unwrap();
+        let (aside, other) = (database.directory().join("aside.db"), database.directory().join("other.db"));
+        if is_copy {
+            let whole = std::fs::read(database.path()).unwrap();
+            std::fs::write(&other, &whole[..whole.len() / 2]).unwrap();
+        } else {
+            std::fs::write(&other, "").unwrap();
+        }
+        // By links, so that the name is never without a file.
+        std::fs::hard_link(database.path(), &aside).unwrap();
+        std::fs::rename(&other, database.path()).unwrap();
+        for _ in 0..2 {
+            let answer = write(&store, set(1, "x")).await;
+            assert!(matches!(answer, Err(WriteError::Unreachable(_) | WriteError::Broken(_))), "{answer:?}");
+            assert!(store.head().await.is_err());
+        }
+        std::fs::rename(&aside, database.path()).unwrap();
+        assert_eq!(role_of(&store, 1).await, "before", "what was written is still there");
+        write(&store, set(1, "after")).await.unwrap();
+        write(&store, set(2, "after")).await.unwrap();
+        let start = store.locate(Revision(0), None).await.unwrap();
+        assert_eq!(said_from(&store, start).await, "1: - > before, 1: before > after, 2: - > after");
+        assert_eq!(store.list_users(None, None, 10).await.unwrap().users.len(), 2);
+        assert_eq!(store.snapshot().await.unwrap().next().await.unwrap().len(), 2);
+        store.close().await;
+        assert_eq!(database.files(), ["bot.db"]);
+        let closed = store.head().await;
+        assert!(matches!(closed, Err(StoreError::Unreachable(_))), "{closed:?}");
+        assert_eq!(database.files(), ["bot.db"], "a closed store opens nothing");
+    }
+}
+
+#[tokio::test]
 async fn the_feed_never_reads_a_file_that_lost_its_name() {
     let database = SqliteFile::fresh().await;
     let store = database.open().await;

@@ -2,9 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use rolecache::store::StoreError;
+use rolecache::{
+    role::UserId,
+    store::{StoreError, WriteError},
+};
 
-use crate::fixtures::{Fixture, SqliteFile};
+use crate::{
+    fixtures::{Fixture, SqliteFile},
+    suite::*,
+};
 
 /// Makes every list take far longer than any limit: the column is worked out anew for each row that is read.
 const SLOW: &str = "
@@ -16,7 +22,7 @@ const SLOW: &str = "
     insert into users (user_id, role) select id, 'slow' from n";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn slow_lists_keep_neither_the_feed_nor_their_places() {
+async fn slow_lists_keep_neither_the_feed_nor_misses_nor_their_places() {
     let database = SqliteFile::fresh().await;
     database.sql(SLOW);
     let store = database.open().await;
@@ -27,13 +33,20 @@ async fn slow_lists_keep_neither_the_feed_nor_their_places() {
             tokio::spawn(async move { store.list_users(None, None, 9_999).await })
         })
         .collect();
+    let mut snapshots = Vec::new();
+    for _ in 0..6 {
+        snapshots.push(store.snapshot().await.unwrap());
+    }
     tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..10 {
         let asked = Instant::now();
         let page = store.read_log(&head.into(), 10).await.unwrap();
         assert_eq!((page.head, store.head().await.unwrap()), (head, head));
+        let (roles, more) = tokio::join!(store.roles(&[UserId(1)]), store.roles(&[UserId(2)]));
+        assert_eq!((roles.unwrap().roles[0].as_str(), more.unwrap().roles[0].as_str()), ("slow", "slow"));
         assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
     }
+    drop(snapshots);
     // Four find no place, eight run out of time or lose their caller.
     let mut without = 0;
     for (index, list) in lists.into_iter().enumerate() {
@@ -62,4 +75,50 @@ async fn slow_lists_keep_neither_the_feed_nor_their_places() {
     }
     store.close().await;
     assert_eq!(database.files(), ["bot.db"], "no connection is left");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_never_ends_does_not_keep_the_store_from_closing() {
+    let database = SqliteFile::fresh().await;
+    let store = database.open().await;
+    write(&store, set(1, "before")).await.unwrap();
+    database.sql(
+        "create trigger endless before update on users begin
+           select (with recursive n(i) as (select 1 union all select i + 1 from n) select count(*) from n);
+         end",
+    );
+    let writing = tokio::spawn({
+        let store = store.clone();
+        async move { write(&store, set(1, "after")).await }
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!writing.is_finished());
+    let asked = Instant::now();
+    store.close().await;
+    assert!(asked.elapsed() < Duration::from_millis(900), "{:?}", asked.elapsed());
+    assert_eq!(database.files(), ["bot.db"], "no connection is left");
+    let answer = writing.await.unwrap();
+    assert!(matches!(answer, Err(WriteError::Unreachable(_))), "{answer:?}");
+    assert_eq!(database.sql("select role from users"), "before");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_closed_while_it_is_read_leaves_no_connection() {
+    for round in 0..10 {
+        let database = SqliteFile::fresh().await;
+        let store = database.open().await;
+        write(&store, set(1, "admin")).await.unwrap();
+        let readers: Vec<_> = (0..6)
+            .map(|_| {
+                let store = store.clone();
+                tokio::spawn(async move { while store.roles(&[UserId(1)]).await.is_ok() {} })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(5 * round)).await;
+        store.close().await;
+        assert_eq!(database.files(), ["bot.db"], "no connection is left");
+        for reader in readers {
+            reader.await.unwrap();
+        }
+    }
 }
