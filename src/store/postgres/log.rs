@@ -11,7 +11,7 @@ use crate::{
 /// Commits per page, however small they are.
 const SPINE: usize = 512;
 
-const HEAD: &str = "
+pub(super) const HEAD: &str = "
     select f.trimmed_revision, f.trimmed_tag, h.revision as head_revision, h.tag as head_tag
     from rolecache.feed f
     left join lateral (

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 
 use super::{
+    log::HEAD,
     rows,
     session::{self, Failure},
 };
@@ -16,13 +17,6 @@ use crate::{
 };
 
 const BEGIN: &str = "begin transaction isolation level repeatable read read only";
-
-const ANCHOR: &str = "
-    select f.trimmed_revision, f.trimmed_tag, h.revision as head_revision, h.tag as head_tag
-    from rolecache.feed f
-    left join lateral (
-      select c.revision, c.tag from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
-    ) h on true";
 
 // A role of NULL or '' is the default role, which a snapshot leaves out.
 const OPEN: &str = "
@@ -49,7 +43,7 @@ pub(super) async fn open(url: &PgConnectOptions, default: RoleName) -> Result<Bo
     let mut conn = session::connect(&options).await?;
     let begun = async {
         sqlx::query(BEGIN).execute(&mut conn).await?;
-        let rows = sqlx::query(ANCHOR).fetch_all(&mut conn).await?;
+        let rows = sqlx::query(HEAD).fetch_all(&mut conn).await?;
         sqlx::query(OPEN).execute(&mut conn).await?;
         Ok::<_, sqlx::Error>(rows)
     };
