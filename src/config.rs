@@ -3,12 +3,20 @@
 //! The doc comment of a field is its help. What a wrong setting gets is a sentence that names the setting and what it
 //! accepts.
 
+mod doors;
+mod limits;
+
 use std::{fmt, net::SocketAddr, time::Duration};
 
 use clap::{ArgAction, Args, ValueEnum, builder::BoolishValueParser};
 
+pub use self::{
+    doors::{ClientAuth, DoorArgs, DoorConfig},
+    limits::LimitArgs,
+};
 use crate::{
-    cache,
+    access::Allowance,
+    cache, grpc,
     logging::{self, LogFormat, LogOptions},
     role::RoleName,
     store,
@@ -28,7 +36,13 @@ pub struct ServeConfig {
     pub cache: cache::Mode,
     pub max_staleness: Duration,
     pub retain_changes: Duration,
+    /// None for never.
+    pub self_check: Option<Duration>,
     pub reflection: bool,
+    pub doors: DoorConfig,
+    pub limits: grpc::Limits,
+    /// What each caller may do at most.
+    pub allowance: Allowance,
     pub log: LogOptions,
 }
 
@@ -49,8 +63,8 @@ pub struct ConfigError {
 /// The settings of `serve`.
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
-    /// Where to listen: an IP address and a port; port 0 takes a free one. Off the loopback addresses everybody who
-    /// reaches the port may read and write roles.
+    /// Where to listen: an IP address and a port; port 0 takes a free one. Off the loopback addresses it needs TLS and
+    /// credentials.
     #[arg(long, env = "ROLECACHE_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:50051",
           value_parser = parse_listen)]
     pub listen: SocketAddr,
@@ -96,6 +110,13 @@ pub struct ServeArgs {
           value_parser = humantime::parse_duration)]
     pub retain_changes: Duration,
 
+    /// How often to compare the cache with the store (1s to 1d), 0s for never: a lazy one by a sample of 1,000 users, a
+    /// complete one as a whole. Each costs the store one query, or one pass over the users who do not have the default
+    /// role. A difference is logged as an error, and the cache starts anew.
+    #[arg(long, env = "ROLECACHE_SELF_CHECK", value_name = "DURATION", default_value = "5m",
+          value_parser = humantime::parse_duration)]
+    pub self_check: Duration,
+
     /// Serve gRPC reflection, so that grpcurl and the like need no proto file. `--reflection=false` turns it off.
     #[arg(long, env = "ROLECACHE_REFLECTION", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true,
           default_value = "true", default_missing_value = "true", value_parser = BoolishValueParser::new())]
@@ -103,6 +124,13 @@ pub struct ServeArgs {
 
     #[command(flatten)]
     pub log: LogArgs,
+
+    // With headings, which whatever follows would be under.
+    #[command(flatten)]
+    pub doors: DoorArgs,
+
+    #[command(flatten)]
+    pub limits: LimitArgs,
 }
 
 /// The settings of `migrate`.
@@ -201,6 +229,7 @@ impl ServeArgs {
                 return Err(ConfigError::new("--cache-capacity", problem));
             }
         };
+        let (limits, allowance) = self.limits.validate()?;
         let poll_range = (Duration::from_millis(10), Duration::from_secs(1));
         Ok(ServeConfig {
             listen: self.listen,
@@ -210,7 +239,14 @@ impl ServeArgs {
             cache,
             max_staleness: within("--max-staleness", self.max_staleness, (Duration::from_secs(2), 24 * HOUR))?,
             retain_changes: within("--retain-changes", self.retain_changes, (24 * HOUR, 100 * YEAR))?,
+            self_check: match self.self_check {
+                Duration::ZERO => None,
+                every => Some(within("--self-check", every, (Duration::from_secs(1), 24 * HOUR))?),
+            },
             reflection: self.reflection,
+            doors: self.doors.validate(self.listen)?,
+            limits,
+            allowance,
             log,
         })
     }

@@ -4,6 +4,8 @@ use std::io::{self, IsTerminal};
 
 use tracing_subscriber::EnvFilter;
 
+use crate::panics;
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LogOptions {
     pub format: LogFormat,
@@ -41,6 +43,7 @@ pub fn init(options: &LogOptions) {
     // A line that cannot be written is lost. Its error would go to the same stderr, by a macro that panics: whoever
     // read the log and left would take the server along.
     let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).log_internal_errors(false);
+    panics::into_log();
     // An earlier subscriber, as of a test, stays.
     let _already_set = match options.format {
         LogFormat::Text => base.with_ansi(colours()).with_target(false).try_init(),

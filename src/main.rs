@@ -5,6 +5,8 @@ use std::{process::ExitCode, time::Duration};
 use tokio::runtime::Runtime;
 
 fn main() -> ExitCode {
+    #[cfg(feature = "failpoints")]
+    let _failpoints = fail::FailScenario::setup();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

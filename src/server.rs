@@ -1,21 +1,35 @@
 //! The composition root: the one place that builds all parts, runs them, and takes them down in order.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    panic::AssertUnwindSafe,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use futures::future::BoxFuture;
+use futures::{FutureExt, future::BoxFuture};
 use tokio::{
     net::TcpListener,
+    sync::watch,
     task::JoinSet,
     time::{Instant, sleep, timeout, timeout_at},
 };
 
 use crate::{
+    access::{
+        Access, Allowance,
+        credentials::{self, Credential},
+    },
     cache::{self, RoleCache},
     feed::{self, Apply},
-    grpc::{self, Grpc},
+    grpc::{self, Doors, Grpc, TlsOptions},
+    panics,
+    reload::{Contents, Files},
     role::{Commit, RoleName},
-    step::{self, Step},
+    step::{self, FeedState, Step},
     store::{OpenError, Store},
     writer,
 };
@@ -42,8 +56,22 @@ pub struct Options {
     pub retain_changes: Duration,
     /// How often it is trimmed, and the triggers that write it are checked.
     pub upkeep_interval: Duration,
+    /// How often the cache is compared with the store, if at all.
+    pub self_check: Option<Duration>,
     pub reflection: bool,
+    pub doors: DoorOptions,
     pub limits: grpc::Limits,
+}
+
+/// Who may come in, and how.
+#[derive(Clone, Debug)]
+pub struct DoorOptions {
+    /// None where everybody may do everything.
+    pub credentials: Option<PathBuf>,
+    pub allowance: Allowance,
+    pub tls: Option<TlsOptions>,
+    /// How often it is looked whether files have changed.
+    pub reread: Duration,
 }
 
 /// A server that has its port.
@@ -64,7 +92,8 @@ pub enum ServerError {
 }
 
 /// The tasks that run as long as the server does. One that ends takes the server with it.
-type Upkeep = JoinSet<String>;
+#[derive(Default)]
+struct Upkeep(JoinSet<String>);
 
 impl Server {
     /// Takes the port, so that a wrong address fails before anything else is begun.
@@ -81,11 +110,13 @@ impl Server {
     /// Serves until `stop`, then drains: refuse new calls, let those in flight finish, end the tasks, close the store.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), ServerError> {
         let Self { options, listener } = self;
-        let (grpc, accept) = Grpc::new(listener, options.limits, options.reflection, options.roles.clone()).await;
+        let mut upkeep = Upkeep::default();
+        let doors = doors(&options.doors, &mut upkeep).map_err(ServerError::Refused)?;
+        let limits = options.limits.clone();
+        let (grpc, accept) = Grpc::new(listener, doors, limits, options.reflection, options.roles.clone()).await;
         let grpc = Arc::new(grpc);
         tokio::pin!(stop);
-        let mut upkeep = Upkeep::new();
-        upkeep.spawn(async move {
+        upkeep.spawn("accept loop", async move {
             accept.await;
             "connections are accepted no more".to_owned()
         });
@@ -93,32 +124,32 @@ impl Server {
         let opened = tokio::select! {
             () = &mut stop => None,
             opened = open(&options.open_store) => Some(opened),
+            ended = upkeep.ended() => Some(Err(ended)),
         };
         let (store, ended) = match opened {
             None => (None, Ok(())),
-            Some(Err(refused)) => (None, Err(refused)),
+            Some(Err(error)) => (None, Err(error)),
             Some(Ok(store)) => {
                 start(&options, store.clone(), &grpc, &mut upkeep);
                 let ended = tokio::select! {
                     () = &mut stop => Ok(()),
-                    Some(ended) = upkeep.join_next() => Err(ServerError::Ended(match ended {
-                        Ok(reason) => reason,
-                        Err(panic) => format!("a background task panicked: {panic}"),
-                    })),
+                    ended = upkeep.ended() => Err(ended),
                 };
                 (Some(store), ended)
             }
         };
 
-        if ended.is_ok() {
-            tracing::info!("stopping: calls in flight may finish");
+        match &ended {
+            Ok(()) => tracing::info!("stopping: calls in flight may finish"),
+            Err(ServerError::Ended(reason)) => tracing::error!(reason, "stopping: a background task ended"),
+            Err(_) => {}
         }
         let limit = Instant::now() + DRAIN_LIMIT;
         if timeout_at(limit, grpc.drain()).await.is_err() {
             tracing::warn!("calls that did not finish in {} s are cut off", DRAIN_LIMIT.as_secs());
             grpc.cut();
         }
-        upkeep.shutdown().await;
+        upkeep.0.shutdown().await;
         if let Some(store) = store
             && timeout(CLOSE_LIMIT, store.close()).await.is_err()
         {
@@ -127,6 +158,48 @@ impl Server {
         tracing::info!("stopped");
         ended
     }
+}
+
+/// Reads what the doors are made of, and goes on reading it.
+fn doors(options: &DoorOptions, upkeep: &mut Upkeep) -> Result<Doors, String> {
+    let access = match &options.credentials {
+        None => Arc::new(Access::open(options.allowance)),
+        Some(path) => {
+            let files = Files { what: "credentials", paths: vec![path.clone()] };
+            let contents = files.read()?;
+            let known = callers(path, &contents)?;
+            if known.is_empty() {
+                return Err(format!("{}: it has no caller in it, so nobody could call", path.display()));
+            }
+            tracing::info!(credentials = known.len(), "doors: closed to all but the callers in {}", path.display());
+            let access = Arc::new(Access::closed(known, options.allowance));
+            let (path, replaced) = (path.clone(), access.clone());
+            let take = move |contents: &Contents| callers(&path, contents).map(|callers| replaced.replace(callers));
+            upkeep.spawn("credentials", never(files.keep_read(options.reread, contents, take)));
+            access
+        }
+    };
+    let tls = match &options.tls {
+        None => None,
+        Some(tls) => {
+            let files = tls.files();
+            let contents = files.read()?;
+            let (newest, receiver) = watch::channel(Arc::new(tls.load(&contents)?));
+            tracing::info!("TLS: by {}", tls.certificate.display());
+            let tls = tls.clone();
+            let take =
+                move |contents: &Contents| tls.load(contents).map(|tls| drop(newest.send_replace(Arc::new(tls))));
+            upkeep.spawn("certificates", never(files.keep_read(options.reread, contents, take)));
+            Some(receiver)
+        }
+    };
+    Ok(Doors { access, tls })
+}
+
+fn callers(path: &Path, contents: &Contents) -> Result<Vec<Credential>, String> {
+    let text = contents.first().and_then(|contents| std::str::from_utf8(contents).ok());
+    let text = text.ok_or_else(|| format!("{}: it is no text", path.display()))?;
+    credentials::parse(text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 /// Waits for the store with growing pauses; a store that refuses is not asked again.
@@ -167,25 +240,53 @@ fn start(options: &Options, store: Arc<dyn Store>, grpc: &Arc<Grpc>, upkeep: &mu
     let (feed, tailer) = feed::feed(options.feed.clone(), store.clone(), stepper, apply);
     let (writer, writer_task, busy_task) = writer::writer(store.clone(), step.clone());
 
-    upkeep.spawn(async move { tailer.run().await.to_string() });
-    upkeep.spawn(never(filler.run()));
-    upkeep.spawn(never(writer_task.run()));
-    upkeep.spawn(never(busy_task.run()));
+    upkeep.spawn("tailer", async move { tailer.run().await.to_string() });
+    upkeep.spawn("filler", never(filler.run()));
+    upkeep.spawn("writer", never(writer_task.run()));
+    upkeep.spawn("writer of what was locked", never(busy_task.run()));
     if options.cache.mode == cache::Mode::Complete {
-        upkeep.spawn(never(cache.clone().keep_complete()));
+        upkeep.spawn("loader", never(cache.clone().keep_complete()));
     }
-    upkeep.spawn(listen(store.clone(), step.clone()));
-    upkeep.spawn(never(trim(store.clone(), options.retain_changes, options.upkeep_interval)));
-    upkeep.spawn(never(check_triggers(store.clone(), options.upkeep_interval)));
-    upkeep.spawn(never(report_health(grpc.clone(), step.clone(), cache.clone())));
+    if let Some(interval) = options.self_check {
+        upkeep.spawn("self-check", never(cache.clone().keep_checked(interval)));
+    }
+    upkeep.spawn("listener", listen(store.clone(), step.clone()));
+    upkeep.spawn("trimmer", never(trim(store.clone(), options.retain_changes, options.upkeep_interval)));
+    upkeep.spawn("trigger check", never(check_triggers(store.clone(), options.upkeep_interval)));
+    upkeep.spawn("health report", never(report_health(grpc.clone(), step.clone(), cache.clone())));
     let grpc = grpc.clone();
-    upkeep.spawn(async move {
+    upkeep.spawn("opening of the service", async move {
         // Before the first look at the log there is no history: what began before it would end with it, watches by
         // HISTORY_CHANGED and writes by an unknown outcome.
         step.started().await;
         grpc.open(cache, feed, writer, store, step);
         std::future::pending().await
     });
+}
+
+impl Upkeep {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = String> + Send + 'static) {
+        #[cfg(feature = "failpoints")]
+        let task = async move {
+            match crate::failpoint::armed::told(&format!("task::{name}")) {
+                Some(reason) => reason,
+                None => task.await,
+            }
+        };
+        let task = AssertUnwindSafe(task).catch_unwind();
+        self.0.spawn(async move {
+            task.await.unwrap_or_else(|left| format!("the task \"{name}\" panicked: {}", panics::text(&*left)))
+        });
+    }
+
+    /// Why the first of them ended.
+    async fn ended(&mut self) -> ServerError {
+        match self.0.join_next().await {
+            Some(Ok(reason)) => ServerError::Ended(reason),
+            Some(Err(error)) => ServerError::Ended(error.to_string()),
+            None => std::future::pending().await,
+        }
+    }
 }
 
 async fn never(task: impl Future<Output = Infallible>) -> String {
@@ -238,8 +339,12 @@ async fn report_health(grpc: Arc<Grpc>, step: Step, cache: Arc<RoleCache>) -> In
             tracing::info!(revision = step.applied().0, "ready");
         }
         let age = step.standing().proof_age;
-        // A new history has no proof for a moment, and is not a reason to send everybody away.
-        let serving = ready && age.is_none_or(|age| age <= cache.max_staleness());
+        // A new history has no proof for a moment, which is no reason to send everybody away, unless the store is lost.
+        let answers = match age {
+            Some(age) => age <= cache.max_staleness(),
+            None => step.feed() != FeedState::Disconnected,
+        };
+        let serving = ready && answers;
         if serving != told {
             grpc.set_serving(serving).await;
             told = serving;

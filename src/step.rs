@@ -15,7 +15,11 @@ use std::{
 use tokio::sync::{Notify, futures::Notified, watch};
 use uuid::Uuid;
 
-use crate::role::{Anchor, Revision, Tag};
+use crate::{
+    failpoint,
+    role::{Anchor, Revision, Tag},
+    sync,
+};
 
 /// How long a proof lets the cache answer as truth.
 pub const PROOF_HOLDS: Duration = Duration::from_secs(2);
@@ -73,6 +77,8 @@ struct Shared {
     history: AtomicU64,
     /// Of the moment when the last proving read was sent, in nanoseconds; 0 for none in this history.
     proof: AtomicU64,
+    /// The same of the last read that found the log to go on from what is applied, whatever followed.
+    found: AtomicU64,
     /// The newest revision that any read of the log has shown.
     store_head: AtomicI64,
     place: watch::Sender<Place>,
@@ -89,6 +95,7 @@ pub fn start() -> (Stepper, Step) {
         applied: AtomicI64::new(0),
         history: AtomicU64::new(0),
         proof: AtomicU64::new(0),
+        found: AtomicU64::new(0),
         store_head: AtomicI64::new(0),
         place: watch::Sender::new(place),
         feed: watch::Sender::new(FeedState::Disconnected),
@@ -102,6 +109,10 @@ pub fn start() -> (Stepper, Step) {
 
 impl Moment {
     pub fn now() -> Self {
+        #[cfg(feature = "failpoints")]
+        if let Some(shift) = failpoint::told!("bug::wall_clock") {
+            return Self::on_the_wall(&shift);
+        }
         #[cfg(target_os = "linux")]
         let clock = rustix::time::ClockId::Boottime;
         #[cfg(not(target_os = "linux"))]
@@ -109,6 +120,19 @@ impl Moment {
         let time = rustix::time::clock_gettime(clock);
         // Both are not negative on a clock that starts at boot.
         Self(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
+    }
+
+    /// A bug for tests: a clock that can be set, here by so many seconds.
+    #[cfg(feature = "failpoints")]
+    fn on_the_wall(shift: &str) -> Self {
+        let time = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let shift = shift.parse::<i64>().unwrap_or(0) * 1_000_000_000;
+        Self((time.as_nanos() as u64).saturating_add_signed(shift))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn before(self, age: Duration) -> Self {
+        Self(self.0 - age.as_nanos() as u64)
     }
 
     fn age(nanos: u64) -> Duration {
@@ -147,6 +171,7 @@ impl Step {
     }
 
     pub fn applied(&self) -> Revision {
+        sync::point();
         Revision(self.0.applied.load(Ordering::SeqCst))
     }
 
@@ -187,6 +212,17 @@ impl Step {
         let _ = self.subscribe().wait_for(|place| place.history != History(0)).await;
     }
 
+    /// Whether what is in memory is of a history that is gone, and the new one is not followed yet.
+    pub fn is_between_histories(&self) -> bool {
+        self.place().history != self.history()
+    }
+
+    /// The place in the history that is followed, or in the one that is about to be.
+    pub async fn settled(&self) -> Place {
+        while self.reach_in(self.history(), Revision(0)).await.is_err() {}
+        self.place()
+    }
+
     /// Waits until everything up to `revision` is applied, in the history that is followed now.
     pub async fn reach(&self, revision: Revision) -> Result<(), HistoryEnded> {
         self.reach_in(self.place().history, revision).await
@@ -210,23 +246,31 @@ impl Step {
 
     /// Waits for a proof that holds, which a nudged tailer brings.
     pub async fn proven(&self) {
-        self.proof_where(|_| self.standing().is_proven()).await;
+        self.proof_where(|| self.standing().is_proven()).await;
     }
 
     /// Waits for a proof by a read of the log that is sent after this call: from then on [`Step::store_head`] is at
     /// least what the store's head is now. All who wait share one read.
     pub async fn proven_anew(&self) {
         let now = Moment::now();
-        self.proof_where(|proof| proof > now.0).await;
+        self.proof_where(|| self.0.proof.load(Ordering::SeqCst) > now.0).await;
     }
 
-    async fn proof_where(&self, holds: impl Fn(u64) -> bool) {
+    /// Waits for a read of the log that is sent after this call and finds what is applied, or until `history` has ended: what
+    /// was seen in the store before the call, up to what was applied then, is of the history that is followed. All who wait
+    /// share one read.
+    pub async fn found_anew(&self, history: History) {
+        let now = Moment::now();
+        self.proof_where(|| self.0.found.load(Ordering::SeqCst) > now.0 || self.history() != history).await;
+    }
+
+    async fn proof_where(&self, holds: impl Fn() -> bool) {
         loop {
             let proven = self.0.proven.notified();
             tokio::pin!(proven);
             // Armed before the look: a proof between look and wait would otherwise be missed.
             proven.as_mut().enable();
-            if holds(self.0.proof.load(Ordering::SeqCst)) {
+            if holds() {
                 return;
             }
             self.nudge();
@@ -252,6 +296,7 @@ impl Stepper {
     pub fn begin_history(&self) {
         self.0.proof.store(0, Ordering::SeqCst);
         self.0.history.fetch_add(1, Ordering::SeqCst);
+        self.0.proven.notify_waiters();
     }
 
     /// The new history is followed from `anchor` on. After the cache is emptied.
@@ -279,8 +324,15 @@ impl Stepper {
         self.0.store_head.store(head.0, Ordering::SeqCst);
     }
 
+    /// A read that was sent at `sent` found what is applied.
+    pub fn find(&self, sent: Moment) {
+        self.0.found.store(sent.0, Ordering::SeqCst);
+        self.0.proven.notify_waiters();
+    }
+
     /// A read that was sent at `sent` found nothing after `applied`.
     pub fn prove(&self, sent: Moment) {
+        let sent = if failpoint::is_on!("bug::unproven") { Moment::now() } else { sent };
         self.0.proof.store(sent.0, Ordering::SeqCst);
         self.set_feed(FeedState::Live);
         self.0.proven.notify_waiters();

@@ -5,10 +5,15 @@
 //! holds one call per user, mailbox and request id: the second waits for the next group, so that no write is merged
 //! away. What finds its row locked moves to a lane of its own and is tried again there, so that it delays nobody else.
 
+mod line;
+
 use std::{
-    collections::{HashSet, VecDeque},
     convert::Infallible,
-    sync::Arc,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,8 +22,9 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
+use self::line::{Line, Taken};
 use crate::{
-    role::{MailboxId, UserId},
+    failpoint,
     step::{HistoryEnded, Place, Step},
     store::{Call, Cause, Refusal, Store, WriteError, Written},
 };
@@ -28,6 +34,9 @@ const QUEUE: usize = 4_096;
 
 /// Calls in one group.
 const GROUP: usize = 256;
+
+/// How long a call waits for its group, while a store that does not answer keeps the one before.
+const TURN_LIMIT: Duration = Duration::from_millis(2500);
 
 /// How often, and for how long, a call is tried again whose row somebody holds.
 const BUSY_RETRY: Duration = Duration::from_millis(50);
@@ -82,15 +91,17 @@ pub enum WriteFailure {
 struct Pending {
     call: Call,
     answer: oneshot::Sender<Result<Written, WriteFailure>>,
-    /// Of the first attempt; from then on it is tried again only for so long.
-    first_tried: Option<Instant>,
+    /// Whether somebody has decided what becomes of it: the task that begins it, or the caller who gives up before.
+    decided: Arc<AtomicBool>,
+    /// From then on it is tried again only for so long.
+    arrived: Instant,
+    /// Whether it was in a group before.
+    tried: bool,
     /// When the answer of an attempt was lost, so that no later one can prove that nothing happened.
     in_doubt_since: Option<Instant>,
+    /// When somebody else's attempt with the same request id was found at it. Whoever gets past it later knows how it ended.
+    behind_since: Option<Instant>,
 }
-
-/// Calls in the order in which they came, out of which groups are taken.
-#[derive(Default)]
-struct Line(VecDeque<Pending>);
 
 /// A writer to `store`, and its two tasks.
 pub fn writer(store: Arc<dyn Store>, step: Step) -> (Writer, WriterTask, BusyTask) {
@@ -107,14 +118,33 @@ impl Writer {
     /// Commits a call and waits until this replica has applied it: store, then cache, then watchers. A caller who stops
     /// waiting leaves the write to its fate.
     pub async fn write(&self, call: Call) -> Result<Written, WriteFailure> {
-        let before = self.step.place();
-        let (answer, outcome) = oneshot::channel();
-        let pending = Pending { call, answer, first_tried: None, in_doubt_since: None };
+        let Ok(before) = timeout(CONFIRM_LIMIT, self.step.settled()).await else {
+            return Err(WriteFailure::Unreachable(Arc::new(io::Error::new(io::ErrorKind::TimedOut, "no history"))));
+        };
+        let (answer, mut outcome) = oneshot::channel();
+        let decided = Arc::new(AtomicBool::new(false));
+        let pending = Pending {
+            call,
+            answer,
+            decided: decided.clone(),
+            arrived: Instant::now(),
+            tried: false,
+            in_doubt_since: None,
+            behind_since: None,
+        };
         self.queue.try_send(pending).map_err(|_| WriteFailure::Overloaded)?;
+        let outcome = match timeout(TURN_LIMIT, &mut outcome).await {
+            Ok(outcome) => outcome,
+            Err(_) if !decided.swap(true, Ordering::SeqCst) => return Err(WriteFailure::Unreachable(no_turn())),
+            Err(_) => outcome.await,
+        };
         // A task that ends takes the process with it; until then the outcome is what it says.
-        let written = outcome.await.map_err(|_| WriteFailure::OutcomeUnknown)??;
+        let written = outcome.map_err(|_| WriteFailure::OutcomeUnknown)??;
         match timeout(CONFIRM_LIMIT, self.confirm(before, &written)).await {
-            Ok(Ok(())) => Ok(written),
+            Ok(Ok(())) => {
+                failpoint::kill!("writer::before_answer");
+                Ok(written)
+            }
             _ => Err(WriteFailure::OutcomeUnknown),
         }
     }
@@ -147,16 +177,20 @@ impl WriterTask {
                     arrived.push(pending);
                 }
             }
+            failpoint::kill!("writer::task");
             line.0.extend(arrived.drain(..));
             let Committed { again, lost } = commit(&*self.store, &self.step, line.take_group(&Taken::default())).await;
             for pending in again {
                 // A full lane means that thousands of rows are held: no more can wait.
                 if let Err(refused) = self.busy.try_send(pending) {
-                    refused.into_inner().give_up(WriteFailure::UserBusy);
+                    refused.into_inner().give_up(WriteFailure::Overloaded);
                 }
             }
             if let Some(cause) = lost {
                 // The others would find the same, one group after the other, and wait for longer than their callers do.
+                while let Ok(pending) = self.queue.try_recv() {
+                    line.0.push_back(pending);
+                }
                 line.0.drain(..).for_each(|pending| pending.give_up(WriteFailure::Unreachable(cause.clone())));
             }
         }
@@ -202,68 +236,11 @@ impl BusyTask {
     }
 }
 
-// === impl Line ===
-
-impl Line {
-    /// The first calls that touch nothing in common, and nothing of `held`.
-    fn take_group(&mut self, held: &Taken) -> Vec<Pending> {
-        let mut group = Vec::new();
-        let mut rest = VecDeque::new();
-        let mut taken = held.clone();
-        while let Some(pending) = self.0.pop_front() {
-            if pending.is_abandoned() {
-                continue;
-            }
-            if group.len() < GROUP && taken.take(&pending.call) {
-                group.push(pending);
-            } else {
-                rest.push_back(pending);
-            }
-        }
-        self.0 = rest;
-        group
-    }
-
-    /// Answers those whose time is up.
-    fn end_overdue(&mut self) {
-        let (waiting, overdue) = self.0.drain(..).partition(Pending::may_try_again);
-        self.0 = waiting;
-        let overdue: VecDeque<Pending> = overdue;
-        overdue.into_iter().for_each(|pending| pending.give_up(WriteFailure::UserBusy));
-    }
-}
-
-/// What calls touch.
-#[derive(Clone, Default)]
-struct Taken {
-    users: HashSet<UserId>,
-    mailboxes: HashSet<MailboxId>,
-    requests: HashSet<(Arc<str>, Box<str>)>,
-}
-
-impl Taken {
-    /// Whether `call` touches nothing that was taken before. What it touches is taken in any case: a third call must
-    /// not overtake a second one that has to wait.
-    fn take(&mut self, call: &Call) -> bool {
-        let mut free = true;
-        for user in call.users() {
-            free &= self.users.insert(user);
-        }
-        if let Some(mailbox) = call.mailbox() {
-            free &= self.mailboxes.insert(mailbox);
-        }
-        if let Some(request) = &call.request {
-            free &= self.requests.insert((call.actor.clone(), request.id.clone()));
-        }
-        free
-    }
-}
-
 /// What became of a group, beside the calls that have their answers.
 struct Committed {
     /// To be tried again.
     again: Vec<Pending>,
-    /// The store could not be reached with any of them.
+    /// The store could not be reached with them, or fell silent.
     lost: Option<Cause>,
 }
 
@@ -276,15 +253,20 @@ async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committe
     let (calls, waiting): (Vec<Call>, Vec<Pending>) = group
         .into_iter()
         .map(|mut pending| {
-            pending.first_tried.get_or_insert(now);
+            pending.tried = true;
             (pending.call.clone(), pending)
         })
         .unzip();
+    failpoint::kill!("writer::before_commit");
     let outcomes = store.write(&calls).await;
+    failpoint::kill!("writer::after_commit");
     assert_eq!(outcomes.len(), waiting.len(), "the store answers for each call");
     step.nudge();
+    // After a connection that broke the next one may be sound; after silence it is not.
+    let silent = now.elapsed() >= TURN_LIMIT;
     let lost = outcomes.iter().try_fold(None, |_, outcome| match outcome {
         Err(WriteError::Unreachable(cause)) => Some(Some(cause.clone())),
+        Err(WriteError::OutcomeUnknown(cause)) if silent => Some(Some(cause.clone())),
         _ => None,
     });
     let answered = waiting.into_iter().zip(outcomes);
@@ -292,16 +274,28 @@ async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committe
     Committed { again, lost: lost.flatten() }
 }
 
+fn no_turn() -> Cause {
+    Arc::new(io::Error::new(io::ErrorKind::TimedOut, "the write before has no answer"))
+}
+
 // === impl Pending ===
 
 impl Pending {
     /// Nobody waits for it any more, and it is known not to have happened.
     fn is_abandoned(&self) -> bool {
-        self.in_doubt_since.is_none() && self.answer.is_closed()
+        !self.is_in_doubt() && self.answer.is_closed()
+    }
+
+    /// Whether it is still wanted; from then on its caller cannot withdraw it.
+    fn begin(&self) -> bool {
+        self.tried || !self.decided.swap(true, Ordering::SeqCst)
     }
 
     /// Answers, or comes back to be tried again.
     fn settle(mut self, outcome: Result<Written, WriteError>) -> Option<Self> {
+        if !matches!(outcome, Err(WriteError::Underway | WriteError::Unreachable(_) | WriteError::OutcomeUnknown(_))) {
+            self.behind_since = None;
+        }
         let failure = match outcome {
             Ok(written) => {
                 // Who does not wait any more is not told.
@@ -312,10 +306,17 @@ impl Pending {
             Err(WriteError::Broken(cause)) => WriteFailure::Broken(cause),
             Err(WriteError::Busy) if self.may_try_again() => return Some(self),
             Err(WriteError::Busy) => WriteFailure::UserBusy,
-            Err(WriteError::Unreachable(_)) if self.in_doubt_since.is_some() && self.may_try_again() => {
+            Err(WriteError::Unreachable(_)) if self.is_in_doubt() && self.may_try_again() => {
                 return Some(self);
             }
             Err(WriteError::Unreachable(cause)) => WriteFailure::Unreachable(cause),
+            Err(WriteError::Underway) => {
+                self.behind_since.get_or_insert_with(Instant::now);
+                if self.may_try_again() {
+                    return Some(self);
+                }
+                WriteFailure::OutcomeUnknown
+            }
             Err(WriteError::OutcomeUnknown(cause)) => {
                 tracing::warn!(%cause, "a commit was not confirmed");
                 self.in_doubt_since.get_or_insert_with(Instant::now);
@@ -330,18 +331,31 @@ impl Pending {
         None
     }
 
+    fn is_in_doubt(&self) -> bool {
+        self.in_doubt_since.is_some() || self.behind_since.is_some()
+    }
+
     fn may_try_again(&self) -> bool {
         // In doubt it counts from the doubt: to find a connection silent may take longer than the limit.
-        match self.in_doubt_since {
+        match self.in_doubt_since.or(self.behind_since) {
             Some(doubt) => doubt.elapsed() < CONFIRM_LIMIT,
-            None => self.first_tried.is_none_or(|first| first.elapsed() < BUSY_LIMIT),
+            None => self.arrived.elapsed() < BUSY_LIMIT,
         }
     }
 
     fn give_up(self, failure: WriteFailure) {
-        let nothing_happened = matches!(failure, WriteFailure::UserBusy | WriteFailure::Unreachable(_));
-        let failure =
-            if self.in_doubt_since.is_some() && nothing_happened { WriteFailure::OutcomeUnknown } else { failure };
+        use WriteFailure::{OutcomeUnknown, Overloaded, Refused, Unreachable, UserBusy};
+        // What a later attempt is told holds for the one in doubt too only where the request id itself refuses both: what it
+        // depends on otherwise may change before that one arrives.
+        let nothing_happened = match &failure {
+            Refused(refusal) => *refusal != Refusal::RequestIdReused,
+            UserBusy | Unreachable(_) | Overloaded => true,
+            OutcomeUnknown | WriteFailure::Broken(_) => false,
+        };
+        let failure = if self.is_in_doubt() && nothing_happened { OutcomeUnknown } else { failure };
         let _ = self.answer.send(Err(failure));
     }
 }
+
+#[cfg(test)]
+mod tests;

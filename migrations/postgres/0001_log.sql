@@ -20,7 +20,7 @@ create table rolecache.feed (
   store_id uuid not null default gen_random_uuid(),
   default_role text not null check (default_role <> ''),
   admin_role text not null check (admin_role <> default_role),
-  -- Readers go on from here at the earliest: before it the log is gone, or (end_history) has a hole. The tag is that of
+  -- Readers go on from here at the earliest: before it the log is gone, or has a hole (end_history). The tag is that of
   -- the commit of this revision; of an untrimmed log, the anchor at 0.
   trimmed_revision bigint not null default 0,
   trimmed_tag uuid not null default gen_random_uuid()
@@ -134,16 +134,35 @@ begin
   return (select f.default_role from rolecache.feed f);
 end $$;
 
+-- A user as the table has it now.
+create function rolecache.standing(id bigint, out role text, out username text) returns setof record
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off set row_security = off as $$
+#variable_conflict use_column
+begin
+  return query
+  select rolecache.role_of(u.role), to_jsonb(u) ->> 'username' from public.users u where u.user_id = id;
+end $$;
+
 -- The same as log_change, spelled out: a call per row would double the cost of a bulk update.
+-- The bot may have triggers of its own that change the same rows again. Theirs run after ours, by name; but of a statement
+-- with many rows, ours of a later row run after theirs of an earlier one. So a user of whom this transaction has logged
+-- something already is logged as the row stands now, and after what was logged last: the last word is what the table holds.
+-- By key always: a plan made while the log was small would read it through for each row; so would one that takes the order
+-- of the log for a reason to begin at its end, which `materialized` keeps it from.
 create function rolecache.log_row() returns trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
 declare
   before text;
   after text;
+  was text;
+  becomes text;
+  last text;
   name text;
   name_type oid;
+  first_cid bigint;
   cid bigint;
   fresh boolean := false;
+  logs boolean := false;
 begin
   if tg_op <> 'INSERT' then
     before := old.role;
@@ -166,8 +185,14 @@ begin
   -- A line per type, because a session keeps the plan of a line for the type that it had first.
   select a.atttypid into name_type
   from pg_attribute a where a.attrelid = tg_relid and a.attname = 'username' and not a.attisdropped;
-  select case when c.revision is null then c.id end into cid
+  select case when c.revision is null then c.id end, case when c.revision is null then c.id else 0 end
+  into cid, first_cid
   from rolecache.commits c where c.xid = pg_current_xact_id() order by c.xid desc, c.id desc limit 1;
+  -- Under SET CONSTRAINTS ALL IMMEDIATE it has several commits, which have their revisions.
+  if first_cid = 0 then
+    select c.id into first_cid from rolecache.commits c
+    where c.xid = pg_current_xact_id() and c.committed_at >= transaction_timestamp() order by c.xid, c.id limit 1;
+  end if;
   if cid is null then
     fresh := true;
     cid := nextval('rolecache.commits_id_seq');
@@ -180,7 +205,29 @@ begin
     elsif name_type is not null then
       name := to_jsonb(old) ->> 'username';
     end if;
-    insert into rolecache.changes (commit_id, user_id, old_role, username) values (cid, old.user_id, before, name);
+    was := before;
+    becomes := null;
+    if first_cid is not null then
+      with ours as materialized (
+        select ch.commit_id, ch.seq, ch.new_role from rolecache.changes ch
+        where ch.user_id = old.user_id and ch.commit_id >= first_cid
+      )
+      select o.new_role into last from ours o
+      where (select c.xid from rolecache.commits c where c.id = o.commit_id) = pg_current_xact_id()
+      order by o.commit_id desc, o.seq desc limit 1;
+      if found then
+        was := last;
+        select s.role, s.username into becomes, last from rolecache.standing(old.user_id) s;
+        if found then
+          name := last;
+        end if;
+      end if;
+    end if;
+    if was is distinct from becomes then
+      insert into rolecache.changes (commit_id, user_id, old_role, new_role, username)
+      values (cid, old.user_id, was, becomes, name);
+      logs := true;
+    end if;
     before := null;
   end if;
   if tg_op <> 'DELETE' then
@@ -191,10 +238,31 @@ begin
     elsif name_type is not null then
       name := to_jsonb(new) ->> 'username';
     end if;
-    insert into rolecache.changes (commit_id, user_id, old_role, new_role, username)
-    values (cid, new.user_id, before, after, name);
+    was := before;
+    becomes := after;
+    if first_cid is not null then
+      with ours as materialized (
+        select ch.commit_id, ch.seq, ch.new_role from rolecache.changes ch
+        where ch.user_id = new.user_id and ch.commit_id >= first_cid
+      )
+      select o.new_role into last from ours o
+      where (select c.xid from rolecache.commits c where c.id = o.commit_id) = pg_current_xact_id()
+      order by o.commit_id desc, o.seq desc limit 1;
+      if found then
+        was := last;
+        select s.role, s.username into becomes, last from rolecache.standing(new.user_id) s;
+        if found then
+          name := last;
+        end if;
+      end if;
+    end if;
+    if was is distinct from becomes then
+      insert into rolecache.changes (commit_id, user_id, old_role, new_role, username)
+      values (cid, new.user_id, was, becomes, name);
+      logs := true;
+    end if;
   end if;
-  if fresh then
+  if fresh and logs then
     insert into rolecache.commits (id) values (cid);
   end if;
   return null;
@@ -217,45 +285,47 @@ create function rolecache.install_triggers() returns void
 language plpgsql set search_path = pg_catalog, pg_temp set client_min_messages = warning as $$
 begin
   drop trigger if exists number_commit on rolecache.commits;
-  drop trigger if exists rolecache_insert on public.users;
-  drop trigger if exists rolecache_update on public.users;
-  drop trigger if exists rolecache_delete on public.users;
-  drop trigger if exists rolecache_truncate on public.users;
+  drop trigger if exists _rolecache_insert on public.users;
+  drop trigger if exists _rolecache_update on public.users;
+  drop trigger if exists _rolecache_delete on public.users;
+  drop trigger if exists _rolecache_truncate on public.users;
 
   -- A row that comes with its revision is a restored one, and keeps it.
   create constraint trigger number_commit after insert on rolecache.commits
     deferrable initially deferred for each row when (new.revision is null) execute function rolecache.number_commit();
 
-  create trigger rolecache_insert after insert on public.users
+  -- They run in the order of their names: ours before those that the bot's people are likely to make.
+  create trigger _rolecache_insert after insert on public.users
     for each row execute function rolecache.log_row();
   -- Raw inequality first: an update that leaves role and key alone calls no function. Naming both columns here also
   -- keeps their owner from changing their types or dropping them under the log, in words of PostgreSQL's own.
-  create trigger rolecache_update after update on public.users
+  create trigger _rolecache_update after update on public.users
     for each row when (old.role is distinct from new.role or old.user_id is distinct from new.user_id)
     execute function rolecache.log_row();
-  create trigger rolecache_delete after delete on public.users
+  create trigger _rolecache_delete after delete on public.users
     for each row execute function rolecache.log_row();
-  create trigger rolecache_truncate before truncate on public.users
+  create trigger _rolecache_truncate before truncate on public.users
     for each statement execute function rolecache.log_truncate();
 
   -- Always: replicated rows and session_replication_role = replica are changes too.
   alter table rolecache.commits enable always trigger number_commit;
   alter table public.users
-    enable always trigger rolecache_insert,
-    enable always trigger rolecache_update,
-    enable always trigger rolecache_delete,
-    enable always trigger rolecache_truncate;
+    enable always trigger _rolecache_insert,
+    enable always trigger _rolecache_update,
+    enable always trigger _rolecache_delete,
+    enable always trigger _rolecache_truncate;
 end $$;
 
 select rolecache.install_triggers();
 
--- Ends the history: nobody can go on from before the newest commit, because changes were made that nobody logged. The
--- commits stay for those who look at what was logged. Nobody may write users or commits meanwhile.
+-- Ends the history with a commit of no changes, which marks where the next one begins: nobody can go on from before
+-- it, because changes were made that nobody logged. The commits stay for those who look at what was logged. Nobody may
+-- write users or commits meanwhile, and the sequence was looked after before.
 create function rolecache.end_history() returns bigint
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   mark constant uuid := gen_random_uuid();
-  newest bigint;
+  number bigint;
   k record;
 begin
   perform pg_advisory_xact_lock(7237966, 1);
@@ -266,22 +336,30 @@ begin
   loop
     update rolecache.commits c set revision = nextval('rolecache.revision'), size = k.size where c.id = k.id;
   end loop;
-  select greatest(f.trimmed_revision, (
-    select c.revision from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
-  )) into newest from rolecache.feed f;
-  update rolecache.commits c set tag = mark where c.revision = newest;
-  update rolecache.feed set trimmed_revision = newest, trimmed_tag = mark;
-  return newest;
+  number := nextval('rolecache.revision');
+  insert into rolecache.commits (revision, tag) values (number, mark);
+  update rolecache.feed set trimmed_revision = number, trimmed_tag = mark;
+  perform pg_notify('rolecache', '');
+  return number;
 end $$;
 
 -- A batch of writes as one statement, so that no lock is held across a round trip. The triggers log what changes; who
 -- and why is added to their rows. calls: an array of objects with n from 0, op, and the fields of that op.
 -- Nothing is waited for longer than lock_timeout: what somebody else holds is 'busy'. An error fails the batch, and
 -- the caller splits it. Every step is a statement of its own, with a snapshot begun after the locks of the one before.
--- Answers each call with changed (its commit), same (nothing to do: the head), or why it was refused.
-create function rolecache.write(calls jsonb)
+-- A call with a grant gives and takes only the roles in it, an array, and the default role; compared under the row's lock.
+-- The calls are for the store of this id: of another one nothing is looked at, and there is no answer.
+-- Answers each call with changed (its commit), same (nothing to do: the head), underway (another attempt of the same
+-- request id has not ended), or why it was refused.
+--
+-- Runs as its owner, who owns the tables too: the role that serves may write neither the log nor users by itself, and
+-- whoever steals its password can add to the log what this function adds, but rewrite nothing. session_user is still who
+-- asks. Row locks belong to the transaction, whoever takes them. The bot's own triggers on users and mailboxes run as the
+-- owner too, so nobody else may make any there; opening the store warns of who can. (Deferred ones run as who commits, up
+-- to PostgreSQL 17.) No schema that others write to is on the path, and each of our names has its schema.
+create function rolecache.write(calls jsonb, store uuid)
 returns table (n int, outcome text, commit_id bigint, revision bigint, detail text, at_us bigint)
-language plpgsql set search_path = pg_catalog, pg_temp set lock_timeout = '10ms'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '10ms'
 -- A batch is small and the tables are not, whatever their statistics say: by key, never by reading a table through.
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
 #variable_conflict use_column
@@ -295,12 +373,12 @@ declare
   commit_ids bigint[] := array_fill(null::bigint, array[jsonb_array_length(calls)]);
   revisions bigint[] := array_fill(null::bigint, array[jsonb_array_length(calls)]);
   times bigint[] := array_fill(null::bigint, array[jsonb_array_length(calls)]);
-  places int[]; ids bigint[]; roles text[]; names text[]; expects text[]; -- the SetRole calls, by place
+  places int[]; ids bigint[]; roles text[]; names text[]; expects text[]; grants jsonb[]; -- the SetRole calls
   known bigint[]; held bigint[]; held_roles text[]; held_names text[];
   new_ids bigint[] := '{}'; new_roles text[] := '{}'; new_names text[] := '{}'; new_places int[] := '{}';
   upd_ids bigint[] := '{}'; upd_roles text[] := '{}'; upd_names text[] := '{}'; upd_places int[] := '{}';
   inserted bigint[];
-  must_log bigint[] := '{}';
+  must_log bigint[] := '{}'; must_be text[] := '{}'; -- users whose last change has to be this one
   head bigint;
   now_at constant timestamptz := clock_timestamp();
   cid bigint;
@@ -315,7 +393,10 @@ begin
   if current_setting('synchronous_commit') = 'off' then
     perform set_config('synchronous_commit', 'on', true);
   end if;
-  select f.default_role, f.admin_role into default_role, admin_role from rolecache.feed f;
+  select f.default_role, f.admin_role into default_role, admin_role from rolecache.feed f where f.store_id = store;
+  if not found then
+    return;
+  end if;
   named := exists (
     select from pg_attribute a
     where a.attrelid = 'public.users'::regclass and a.attname = 'username' and not a.attisdropped
@@ -343,7 +424,7 @@ begin
           insert into rolecache.requests (actor, request_id, hash, at) values (k.actor, k.request, k.hash, now_at)
           on conflict do nothing;
         exception when lock_not_available or deadlock_detected then
-          outcomes[k.n + 1] := 'busy';
+          outcomes[k.n + 1] := 'underway';
         end;
       end loop;
     end;
@@ -363,9 +444,9 @@ begin
 
   -- SetRole, as sets.
   select array_agg(x.n order by x."user"), array_agg(x."user" order by x."user"), array_agg(x.role order by x."user"),
-    array_agg(x.name order by x."user"), array_agg(x.expected order by x."user")
-  into places, ids, roles, names, expects
-  from jsonb_to_recordset(calls) x (n int, op text, "user" bigint, role text, name text, expected text)
+    array_agg(x.name order by x."user"), array_agg(x.expected order by x."user"), array_agg(x."grant" order by x."user")
+  into places, ids, roles, names, expects, grants
+  from jsonb_to_recordset(calls) x (n int, op text, "user" bigint, role text, name text, expected text, "grant" jsonb)
   where x.op = 'set' and outcomes[x.n + 1] is null;
   if ids is not null then
     select coalesce(array_agg(s.user_id), '{}') into known from public.users s where s.user_id = any(ids);
@@ -378,14 +459,21 @@ begin
     ) h;
     for i in 1 .. array_length(ids, 1) loop
       j := array_position(held, ids[i]);
-      if j is not null then
+      -- Without a grant the comparison is null, which refuses nothing.
+      if not (roles[i] = default_role or grants[i] ? roles[i]) then
+        outcomes[places[i] + 1] := 'not_granted';
+        details[places[i] + 1] := roles[i];
+      elsif j is not null then
         r := coalesce(nullif(held_roles[j], ''), default_role);
-        if expects[i] <> r then
+        if not (r = default_role or grants[i] ? r) then
+          outcomes[places[i] + 1] := 'not_granted';
+          details[places[i] + 1] := r;
+        elsif expects[i] <> r then
           outcomes[places[i] + 1] := 'mismatch';
           details[places[i] + 1] := r;
         elsif r <> roles[i] then
           upd_ids := upd_ids || ids[i]; upd_roles := upd_roles || roles[i]; upd_names := upd_names || names[i];
-          must_log := must_log || ids[i];
+          must_log := must_log || ids[i]; must_be := must_be || roles[i];
           outcomes[places[i] + 1] := 'changed';
         else
           if named and names[i] is distinct from held_names[j] and names[i] is not null then
@@ -408,7 +496,7 @@ begin
       for i in 1 .. array_length(new_ids, 1) loop
         if new_ids[i] = any(inserted) then
           outcomes[new_places[i] + 1] := 'changed';
-          must_log := must_log || new_ids[i];
+          must_log := must_log || new_ids[i]; must_be := must_be || new_roles[i];
         else
           outcomes[new_places[i] + 1] := 'busy';
         end if;
@@ -428,16 +516,22 @@ begin
   for k in
     select x.* from jsonb_to_recordset(calls) x (
       n int, op text, actor text, reason text, "user" bigint, "from" bigint, "to" bigint, mailbox bigint,
-      demote boolean, name text, creator bigint)
+      demote boolean, name text, creator bigint, "grant" jsonb)
     where x.op <> 'set' and outcomes[x.n + 1] is null order by x.n
   loop
     i := k.n + 1;
     if k.op = 'delete' then
-      perform from public.users s where s.user_id = k."user" for update skip locked;
+      select s.role::text into r from public.users s where s.user_id = k."user" for update skip locked;
       if found then
+        r := coalesce(nullif(r, ''), default_role);
+        if not (r = default_role or k."grant" ? r) then
+          outcomes[i] := 'not_granted';
+          details[i] := r;
+          continue;
+        end if;
         delete from public.users s where s.user_id = k."user";
         outcomes[i] := 'changed';
-        must_log := must_log || k."user";
+        must_log := must_log || k."user"; must_be := must_be || null::text;
       else
         outcomes[i] := case when exists (select from public.users s where s.user_id = k."user") then 'busy' else 'same' end;
       end if;
@@ -461,6 +555,11 @@ begin
       end;
 
     else
+      if not (k."grant" ? admin_role) then
+        outcomes[i] := 'not_granted';
+        details[i] := admin_role;
+        continue;
+      end if;
       if k.mailbox is not null then
         select m.creator_id into u from public.mailboxes m where m.id = k.mailbox for no key update skip locked;
         if not found then
@@ -496,6 +595,16 @@ begin
           continue;
         end if;
       end if;
+      -- The roles that go: the receiver's, and the giver's where it is demoted.
+      foreach u in array array[k."to", case when k.demote then k."from" end] loop
+        r := coalesce(nullif(held_roles[array_position(held, u)], ''), default_role);
+        if not (r = default_role or k."grant" ? r) then
+          outcomes[i] := 'not_granted';
+          details[i] := r;
+          exit;
+        end if;
+      end loop;
+      if outcomes[i] is not null then continue; end if;
       if k."to" = any(held) then
         r := coalesce(nullif(held_roles[array_position(held, k."to")], ''), default_role);
         if named and k.name is not null then
@@ -512,12 +621,12 @@ begin
         outcomes[i] := 'busy';
         continue;
       end if;
-      must_log := must_log || k."to";
+      must_log := must_log || k."to"; must_be := must_be || admin_role;
       if k.demote and k."from" = any(held) then
         r := coalesce(nullif(held_roles[array_position(held, k."from")], ''), default_role);
         if r <> default_role then
           update public.users s set role = default_role where s.user_id = k."from";
-          must_log := must_log || k."from";
+          must_log := must_log || k."from"; must_be := must_be || default_role;
         end if;
       end if;
       if k.mailbox is not null then
@@ -533,13 +642,38 @@ begin
   -- Who and why, on every change of the users that were asked for. A username that the table has no column for lives here.
   select case when c.revision is null then c.id end into cid
   from rolecache.commits c where c.xid = pg_current_xact_id_if_assigned() order by c.xid desc, c.id desc limit 1;
+  -- What the table's own triggers and keys did to others was done by the callers. Where a batch has several, it is found
+  -- out one by one who has not been granted it.
+  if cid is not null and jsonb_path_exists(calls, '$[*].grant') then
+    select c.role into r
+    from rolecache.changes ch
+    cross join lateral (values (nullif(ch.old_role, '')), (nullif(ch.new_role, ''))) c (role)
+    where ch.commit_id = cid and c.role <> default_role and exists (
+      select from jsonb_to_recordset(calls) x (n int, "user" bigint, "from" bigint, "to" bigint, "grant" jsonb)
+      where x."grant" is not null and not x."grant" ? c.role
+        and outcomes[x.n + 1] in ('changed', 'same') and commit_ids[x.n + 1] is null and revisions[x.n + 1] is null
+        and (ch.user_id in (x."user", x."from", x."to") or not exists (
+          select from jsonb_to_recordset(calls) o (n int, "user" bigint, "from" bigint, "to" bigint)
+          where o.n <> x.n and ch.user_id in (o."user", o."from", o."to")))
+    )
+    limit 1;
+    if r is not null then
+      raise exception using errcode = 'RC003', message = r;
+    end if;
+  end if;
   if array_length(must_log, 1) > 0 then
     -- Both sides are as small as the batch here, and pairing them one by one is quadratic.
     perform set_config('enable_hashjoin', 'on', true);
-    select min(w.id) into u from unnest(must_log) as w(id)
-    where not exists (select from rolecache.changes ch where ch.commit_id = cid and ch.user_id = w.id);
+    select min(w.id) into u from unnest(must_log, must_be) as w(id, role)
+    where not exists (
+      select from (
+        select ch.new_role from rolecache.changes ch
+        where ch.commit_id = cid and ch.user_id = w.id order by ch.seq desc limit 1
+      ) l where l.new_role is not distinct from w.role
+    );
     if u is not null then
-      raise exception using errcode = 'RC001', message = format('a trigger of the table dropped the write of user %s', u);
+      raise exception using errcode = 'RC001',
+        message = format('a trigger of the table dropped or changed the write of user %s', u);
     end if;
     update rolecache.changes ch
     set origin = 1, actor = w.actor, reason = w.reason, transfer_from = w."from", transfer_to = w."to",
@@ -591,26 +725,33 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
   done bigint[] := '{}';
+  added bigint[];
   dropped bigint;
   i int;
 begin
   begin
-    if named then
-      with ours as (
-        insert into public.users (user_id, role, username) overriding system value
-        select t.id, t.role, t.name from unnest(ids, roles, names) as t(id, role, name) order by t.id
-        on conflict (user_id) do nothing returning user_id
-      ) select coalesce(array_agg(user_id), '{}') into done from ours;
-    else
-      with ours as (
-        insert into public.users (user_id, role) overriding system value
-        select t.id, t.role from unnest(ids, roles) as t(id, role) order by t.id
-        on conflict (user_id) do nothing returning user_id
-      ) select coalesce(array_agg(user_id), '{}') into done from ours;
-    end if;
+    -- Again where a row was somebody's when it was to be inserted, and gone when it was looked for.
+    for look in 1 .. 3 loop
+      if named then
+        with ours as (
+          insert into public.users (user_id, role, username) overriding system value
+          select t.id, t.role, t.name from unnest(ids, roles, names) as t(id, role, name)
+          where not t.id = any(done) order by t.id
+          on conflict (user_id) do nothing returning user_id
+        ) select coalesce(array_agg(user_id), '{}') into added from ours;
+      else
+        with ours as (
+          insert into public.users (user_id, role) overriding system value
+          select t.id, t.role from unnest(ids, roles) as t(id, role) where not t.id = any(done) order by t.id
+          on conflict (user_id) do nothing returning user_id
+        ) select coalesce(array_agg(user_id), '{}') into added from ours;
+      end if;
+      done := done || added;
+      select min(t.id) into dropped from unnest(ids) as t(id)
+      where not t.id = any(done) and not exists (select from public.users s where s.user_id = t.id);
+      exit when dropped is null;
+    end loop;
     -- Neither ours nor anybody's, and nobody was waited for: a trigger of the table dropped it.
-    select min(t.id) into dropped from unnest(ids) as t(id)
-    where not t.id = any(done) and not exists (select from public.users s where s.user_id = t.id);
     if dropped is not null then
       raise exception using errcode = 'RC001', message = format('a trigger of the table dropped the write of user %s', dropped);
     end if;
@@ -627,19 +768,24 @@ end $$;
 
 -- One batch from the start of the log: a prefix that is old throughout (clocks step: it ends at the first commit that is
 -- young), without the newest `keep` commits, and of about `most` changes unless its first commit alone has more.
+-- Runs as its owner, like write; and as whoever may call it must not be able to wipe the log, it never keeps less than a
+-- day, 10,000 commits, and a day of request ids, whatever it is asked for.
 create function rolecache.trim(retain interval, keep bigint, remember interval, most bigint)
 returns table (commits bigint, requests bigint)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   kept bigint;
   cut bigint;
   cut_tag uuid;
 begin
+  retain := greatest(retain, interval '24 hours');
+  keep := greatest(keep, 10000);
+  remember := greatest(remember, interval '24 hours');
   commits := 0;
   requests := 0;
   if pg_try_advisory_xact_lock(7237966, 2) then
     select c.revision into kept from rolecache.commits c
-    where c.revision is not null order by c.revision desc offset greatest(keep, 1) - 1 limit 1;
+    where c.revision is not null order by c.revision desc offset keep - 1 limit 1;
     select p.revision, p.tag into cut, cut_tag
     from (
       select s.*, row_number() over w as place, sum(s.size) over w as total,
@@ -667,5 +813,40 @@ begin
   return next;
 end $$;
 
--- The triggers run these as their owner; nobody else has a use for them.
+-- Lifts sequences that a failover or a restore left behind the rows, where every change would be refused; answers with the
+-- newest revision if it had to. Only upwards, and as its owner: who could set them freely could stop all writes.
+create function rolecache.repair_sequences() returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  newest bigint;
+  newest_id bigint;
+  drawn bigint;
+  drawn_id bigint;
+begin
+  for look in 1 .. 2 loop
+    select
+      greatest(f.trimmed_revision, (
+        select c.revision from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
+      )),
+      (select coalesce(max(c.id), 0) from rolecache.commits c),
+      (select case when q.is_called then q.last_value else q.last_value - 1 end from rolecache.revision q),
+      (select case when q.is_called then q.last_value else q.last_value - 1 end from rolecache.commits_id_seq q)
+    into newest, newest_id, drawn, drawn_id
+    from rolecache.feed f;
+    if newest <= drawn and newest_id <= drawn_id then
+      return null;
+    end if;
+    -- The feed lock, and another look: nobody draws a revision meanwhile, and all that were drawn are visible.
+    if look = 1 then
+      perform pg_advisory_xact_lock(7237966, 1);
+    end if;
+  end loop;
+  perform setval('rolecache.revision', greatest(newest, drawn, 1));
+  -- Ids are drawn without the lock: a gap for those.
+  perform setval('rolecache.commits_id_seq', greatest(newest_id, drawn_id) + 1000);
+  return greatest(newest, drawn);
+end $$;
+
+-- The triggers run theirs as the owner. The role that serves is granted what docs/postgresql.md says, by its name; nobody
+-- else has a use for any.
 revoke all on all functions in schema rolecache from public;

@@ -1,14 +1,15 @@
 //! The table of the cache: user to role, nothing else per user, with an optional bound.
 
-use std::{
-    mem::size_of,
+use std::mem::size_of;
+
+use super::{
+    map::{DashMap, Entry, RefMulti},
+    names::RoleId,
+};
+use crate::{
+    role::UserId,
     sync::{Mutex, PoisonError},
 };
-
-use dashmap::{DashMap, Entry};
-
-use super::names::RoleId;
-use crate::role::UserId;
 
 pub(super) struct Entries {
     table: DashMap<UserId, RoleId>,
@@ -49,6 +50,10 @@ impl Entries {
         self.table.remove(&user);
     }
 
+    pub(super) fn remove_if(&self, user: UserId, role: RoleId) {
+        self.table.remove_if(&user, |_, held| *held == role);
+    }
+
     pub(super) fn remove_all_with(&self, role: RoleId) {
         self.table.retain(|_, held| *held != role);
         self.table.shrink_to_fit();
@@ -62,6 +67,25 @@ impl Entries {
         if let Some(users) = &mut users {
             users.clear();
         }
+    }
+
+    /// Up to `count` users who are held, from a random place on: the table is in the order of a hash.
+    pub(super) fn sample(&self, count: usize) -> Vec<UserId> {
+        let held = self.len();
+        let begin = if count < held { random_below(held) } else { 0 };
+        let user = |entry: RefMulti<'_, UserId, RoleId>| *entry.key();
+        let mut users: Vec<UserId> = self.table.iter().skip(begin).take(count).map(user).collect();
+        users.extend(self.table.iter().take(begin.min(count - users.len())).map(user));
+        // The table changes between the two walks, and may bring somebody twice.
+        users.sort_unstable();
+        users.dedup();
+        users
+    }
+
+    pub(super) fn users_in_order(&self) -> Vec<UserId> {
+        let mut users: Vec<UserId> = self.table.iter().map(|entry| *entry.key()).collect();
+        users.sort_unstable();
+        users
     }
 
     pub(super) fn len(&self) -> usize {
@@ -87,7 +111,7 @@ impl Entries {
 }
 
 /// Good enough to spread evictions; `RandomState` is seeded by the system.
-fn random_below(bound: usize) -> usize {
+pub(super) fn random_below(bound: usize) -> usize {
     use std::hash::{BuildHasher, RandomState};
     (RandomState::new().hash_one(bound) % bound as u64) as usize
 }
@@ -96,6 +120,24 @@ fn random_below(bound: usize) -> usize {
 mod tests {
     use super::*;
     use crate::{cache::names::Names, role::RoleName};
+
+    #[test]
+    fn a_sample_has_as_many_users_as_there_are_and_none_twice() {
+        let role = Names::new().intern(&RoleName::held("user")).unwrap();
+        let entries = Entries::new(None);
+        (0..100).for_each(|user| entries.insert(UserId(user), role));
+        let mut met = std::collections::HashSet::new();
+        for (count, expected) in [(0, 0), (1, 1), (60, 60), (99, 99), (100, 100), (101, 100)] {
+            for _ in 0..50 {
+                let mut users = entries.sample(count);
+                met.extend(users.iter().copied());
+                users.sort_unstable();
+                users.dedup();
+                assert_eq!(users.len(), expected, "of {count}");
+            }
+        }
+        assert_eq!(met.len(), 100);
+    }
 
     #[test]
     fn a_bound_table_never_holds_more_than_its_capacity() {

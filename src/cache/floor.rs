@@ -1,13 +1,9 @@
 //! The floor: how far the cache has to be before it may answer again, after the store has answered ahead of it.
 
-use std::sync::{
-    Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
-};
-
 use crate::{
     role::Revision,
     step::{History, Standing},
+    sync::{AtomicBool, Mutex, Ordering, PoisonError},
 };
 
 #[derive(Default)]

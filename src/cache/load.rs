@@ -8,13 +8,14 @@
 use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use super::{NotKept, RoleCache};
 use crate::{
     role::UserId,
     step::HistoryEnded,
     store::{SNAPSHOT_LIMIT, StoreError},
+    sync::timeout,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -75,10 +76,16 @@ impl RoleCache {
             let put_in = || users.into_iter().for_each(|(user, role)| self.entries.insert_if_absent(user, role));
             self.completeness.unless_lost(before, put_in).ok_or(LoadError::Spoiled)?;
         }
-        self.completeness.gain(before).ok_or(LoadError::Spoiled)?;
-        // Commits from now on remove the entries of users who get the default role; these are from before.
-        self.entries.remove_all_with(self.default_id);
+        self.end_load(before)?;
         tracing::info!(users = self.entries.len(), revision = at.0, "all roles are loaded");
+        Ok(())
+    }
+
+    /// From now on absence means the default role.
+    pub(super) fn end_load(&self, before: u64) -> Result<(), LoadError> {
+        self.completeness.gain(before).ok_or(LoadError::Spoiled)?;
+        // Whoever puts one in from now on takes it out again; these are from before.
+        self.entries.remove_all_with(self.default_id);
         Ok(())
     }
 }

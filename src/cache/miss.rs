@@ -1,9 +1,6 @@
 //! Misses: the users of a read who are not in the table, each by a fill of its own or of somebody else's.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -14,6 +11,7 @@ use super::{
 use crate::{
     role::{Revision, RoleName, UserId},
     step::Standing,
+    sync::Ordering,
 };
 
 /// How a read wants its misses loaded.
@@ -63,11 +61,16 @@ impl RoleCache {
                 .collect::<Result<_, _>>()?;
             for Joining { index, fill, too_old } in pending {
                 let outcome = fill.outcome().await;
-                if too_old {
+                // Who waits for its end does not wait for another one that finds no store either.
+                let filled = match outcome {
+                    Ok(_) if too_old => None,
+                    Err(error) if too_old && !matches!(error, ReadError::Unreachable(_)) => None,
+                    outcome => Some(outcome?),
+                };
+                let Some(filled) = filled else {
                     wanted.push(index);
                     continue;
-                }
-                let filled = outcome?;
+                };
                 // A later read must not be older: it goes out once this replica has applied as much. Far behind, that
                 // takes too long; then it goes out at once, and the cache is not the truth until it is as far.
                 if filled.revision > self.step.applied() && self.is_far_behind() {

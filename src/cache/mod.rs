@@ -2,40 +2,39 @@
 //!
 //! Every entry is the store's state at `applied`, or at the one commit that is being applied just now. Entries come
 //! from commits ([`RoleCache::apply`], called by the tailer alone) and, in lazy mode, from fills on a miss.
-//! No entry has a time and nothing is swept: a quiet server does nothing per cached user.
+//! No entry has a time and nothing is swept; only the self-check looks at them, every few minutes.
 
+mod check;
 mod entries;
 mod fill;
 mod floor;
 mod load;
+mod map;
 mod miss;
-#[cfg(test)]
-mod model;
 mod names;
 mod read;
+#[cfg(test)]
+mod tests;
 
-use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 pub use self::names::NotKept;
 pub use self::read::{Answer, Answers, Query, ReadError, Source};
 use self::{
+    check::Marks,
     entries::Entries,
     fill::{Fill, Fills},
     floor::Floor,
     names::{Names, RoleId},
 };
 use crate::{
-    role::{Commit, RoleName},
+    failpoint,
+    role::{Commit, RoleName, UserId},
     step::Step,
     store::Store,
+    sync::{AtomicU64, Mutex, Ordering, PoisonError},
 };
 
 /// How the cache is filled.
@@ -68,6 +67,7 @@ pub struct RoleCache {
     names: Names,
     entries: Entries,
     fills: Fills,
+    marks: Marks,
     queue: mpsc::Sender<Arc<Fill>>,
     fallback: Semaphore,
     completeness: Completeness,
@@ -86,6 +86,8 @@ pub struct Stats {
     pub store_reads: u64,
     pub coalesced_misses: u64,
     pub stale_answers: u64,
+    /// Users whom a self-check found with another role than the store's.
+    pub mismatches: u64,
 }
 
 #[derive(Default)]
@@ -96,6 +98,7 @@ struct Counters {
     store_reads: AtomicU64,
     coalesced_misses: AtomicU64,
     stale_answers: AtomicU64,
+    mismatches: AtomicU64,
 }
 
 /// Whether absence from the table means the default role.
@@ -104,8 +107,9 @@ struct Counters {
 /// it looked into the table knows that the table was complete all the while.
 struct Completeness {
     state: AtomicU64,
-    /// Held while entries go because completeness ends, and while a load puts entries in: a load that has been overtaken
-    /// by a reset would fill the table with roles of another history.
+    /// Held while entries go because completeness ends or makes them needless, and while a load puts entries in: a load
+    /// that has been overtaken by a reset would fill the table with roles of another history, and one that comes after
+    /// it would take a user whose entry just went for one whom no commit has touched.
     moving: Mutex<()>,
     lost: Notify,
 }
@@ -136,6 +140,7 @@ pub fn cache(options: Options, store: Arc<dyn Store>, step: Step) -> (Arc<RoleCa
         names,
         entries: Entries::new(capacity),
         fills: Fills::default(),
+        marks: Marks::default(),
         queue: sender,
         completeness: Completeness { state: AtomicU64::new(0), moving: Mutex::new(()), lost: Notify::new() },
         floor: Floor::default(),
@@ -152,6 +157,7 @@ impl RoleCache {
         // Fills first: one that finishes from now on, with a value from before this commit, reads again.
         for change in &commit.changes {
             self.fills.overtake(change.user, commit.revision);
+            self.marks.overtake(change.user, commit.revision);
         }
         let complete = self.completeness.number().is_some();
         let held_only = self.options.mode != Mode::Complete && commit.size > self.options.oversized;
@@ -159,10 +165,13 @@ impl RoleCache {
             if held_only && self.entries.get(change.user).is_none() {
                 continue;
             }
+            if failpoint::is_on!("bug::swallowed_apply") {
+                continue;
+            }
             let role = change.new.as_ref().unwrap_or(&self.default_role);
             match self.names.intern(role) {
                 Ok(id) if complete && id == self.default_id => self.entries.remove(change.user),
-                Ok(id) => self.entries.insert(change.user, id),
+                Ok(id) => self.put_in(change.user, id),
                 Err(reason) => {
                     tracing::warn!(
                         user_id = change.user.0,
@@ -174,12 +183,39 @@ impl RoleCache {
                 }
             }
         }
+        #[cfg(feature = "failpoints")]
+        if let Some(entry) = failpoint::told!("cache::corrupt") {
+            self.corrupt(&entry);
+        }
         self.counters.changes_applied.fetch_add(commit.changes.len() as u64, Ordering::Relaxed);
     }
 
-    /// Forgets everything: what is applied from now on is of another history.
+    /// A bug for tests: `USER:ROLE` puts a wrong role in, `USER:` takes an entry out.
+    #[cfg(feature = "failpoints")]
+    fn corrupt(&self, entry: &str) {
+        let Some((user, role)) = entry.split_once(':') else { return };
+        let Ok(user) = user.parse().map(UserId) else { return };
+        match self.names.intern(&RoleName::held(role)) {
+            Ok(id) if !role.is_empty() => self.entries.insert(user, id),
+            _ => self.entries.remove(user),
+        }
+    }
+
+    /// Puts an entry in. Where the cache was complete before it came and absence says the same, it goes again: a load
+    /// that ends beside this has looked for such entries already.
+    fn put_in(&self, user: UserId, role: RoleId) {
+        self.entries.insert(user, role);
+        if role == self.default_id {
+            self.completeness.while_complete(|| self.entries.remove_if(user, role));
+        }
+    }
+
+    /// Forgets everything: what is applied from now on is of another history, or what is held was found to be wrong. Of
+    /// a complete cache the load begins anew. Harmless beside a commit: what that puts in is true, and what it takes out
+    /// is in the store already, which the load has yet to ask.
     pub fn reset(&self) {
         self.fills.overtake_all();
+        self.marks.overtake_all();
         self.completeness.lose(|| self.entries.clear());
     }
 
@@ -203,6 +239,7 @@ impl RoleCache {
             store_reads: of(&self.counters.store_reads),
             coalesced_misses: of(&self.counters.coalesced_misses),
             stale_answers: of(&self.counters.stale_answers),
+            mismatches: of(&self.counters.mismatches),
         }
     }
 }
@@ -231,6 +268,18 @@ impl Completeness {
     fn gain(&self, before: u64) -> Option<()> {
         debug_assert!(before.is_multiple_of(2));
         self.state.compare_exchange(before, before + 1, Ordering::SeqCst, Ordering::SeqCst).ok().map(drop)
+    }
+
+    /// Takes out what absence says as well, unless it does not: then no entry may go, for a load may be about to put an
+    /// older one in its place.
+    fn while_complete(&self, take_out: impl FnOnce()) {
+        if self.number().is_none() {
+            return;
+        }
+        let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.number().is_some() {
+            take_out();
+        }
     }
 
     /// Ends completeness, and any load that runs now, and then takes entries out: absence must not be taken for the

@@ -3,18 +3,16 @@
 //! With proof of step the cache is the truth. Without, answers come from the store, or from the cache and are marked
 //! stale, or are refused: the table "Failure model" of the design, row by row.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::Instant;
 
 use super::{RoleCache, miss::Wish};
 use crate::{
     role::{Revision, RoleName, UserId},
     step::{FeedState, Standing},
     store::{Cause, StoreError},
+    sync::{Ordering, timeout, timeout_at},
 };
 
 /// How long a read waits for a proof that holds.
@@ -84,6 +82,13 @@ enum Footing {
     Stale(Standing),
 }
 
+impl Footing {
+    fn standing(&self) -> &Standing {
+        let (Self::Cache(standing) | Self::Store(standing) | Self::Stale(standing)) = self;
+        standing
+    }
+}
+
 impl RoleCache {
     /// The role of one user.
     pub async fn get(&self, user: UserId, query: Query) -> Result<Answer, ReadError> {
@@ -126,7 +131,7 @@ impl RoleCache {
     }
 
     /// What the table says about a user; None where it says nothing.
-    fn look(&self, user: UserId) -> Option<RoleName> {
+    pub(super) fn look(&self, user: UserId) -> Option<RoleName> {
         let complete = self.completeness.number();
         match self.entries.get(user) {
             Some(id) => Some(self.names.name(id)),
@@ -153,11 +158,22 @@ impl RoleCache {
         let fresh = (query.fully_consistent || ahead).then(|| self.fills.ticket());
         let wish = Wish { fresh, counted: !query.fully_consistent };
         loop {
+            if self.step.is_between_histories() {
+                if self.step.feed() == FeedState::Disconnected {
+                    return Err(ReadError::silent());
+                }
+                self.step.settled().await;
+                continue;
+            }
             if query.min_revision > self.step.applied() {
                 self.wait_for(query.min_revision).await?;
                 continue;
             }
             let footing = if query.fully_consistent { self.store_footing()? } else { self.footing().await };
+            // While a proof was waited for, a history may have begun that is not as far.
+            if query.min_revision > footing.standing().applied {
+                continue;
+            }
             let answer = match footing {
                 Footing::Cache(standing) => self.answer_from_cache(users, standing, wish).await?,
                 Footing::Store(standing) => self.answer_from_store(users, standing, wish).await?,
@@ -265,6 +281,8 @@ impl RoleCache {
         if wish.counted {
             self.counters.misses.fetch_add(users.len() as u64, Ordering::Relaxed);
         }
+        // Nothing else says how old the answer of a query is that is on its way already.
+        let wish = Wish { fresh: wish.fresh.or_else(|| Some(self.fills.ticket())), ..wish };
         let (roles, revision) = self.fill_all(users, standing, wish).await?;
         Ok(Some(ReadAnswer { roles, revision, source: Source::Store, stale: false }))
     }

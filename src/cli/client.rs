@@ -1,17 +1,18 @@
-//! The way to a running server: where it is, how long to wait, and what its errors mean for the caller.
+//! Talking to a running server: how long to wait, and what its errors mean for the caller.
 
 use std::{error::Error, future::Future, time::Duration};
 
 use clap::Args;
-use http::Uri;
 use tonic::{
     Code, Request, Response, Status,
+    service::interceptor::InterceptedService,
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt;
 
 use super::{
     Exit, Failure,
+    door::{Bearer, DoorArgs},
     output::{Format, plain},
 };
 use crate::proto::v1::role_cache_service_client::RoleCacheServiceClient;
@@ -25,10 +26,8 @@ const GRACE: Duration = Duration::from_millis(200);
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Server and output")]
 pub(super) struct ClientArgs {
-    /// Where the server listens: HOST:PORT, or http://HOST:PORT
-    #[arg(long, env = "ROLECACHE_ADDRESS", value_name = "ADDRESS", default_value = "http://127.0.0.1:50051",
-          value_parser = parse_address)]
-    pub(super) address: Uri,
+    #[command(flatten)]
+    door: DoorArgs,
 
     /// How long to wait for an answer. Too small a time ends writes of which nobody knows whether they happened.
     #[arg(long, env = "ROLECACHE_TIMEOUT", value_name = "DURATION", default_value = "10s", value_parser = parse_timeout)]
@@ -39,10 +38,12 @@ pub(super) struct ClientArgs {
     pub(super) output: Format,
 }
 
+pub(super) type Rpc = RoleCacheServiceClient<InterceptedService<Channel, Bearer>>;
+
 /// A connection, and the deadline of each call over it.
 #[derive(Clone)]
 pub(super) struct Client {
-    rpc: RoleCacheServiceClient<Channel>,
+    rpc: Rpc,
     timeout: Duration,
 }
 
@@ -50,27 +51,34 @@ pub(super) struct Client {
 
 impl ClientArgs {
     pub(super) async fn channel(&self) -> Result<Channel, Failure> {
-        let endpoint = Endpoint::from(self.address.clone())
+        let usage = |error: tonic::transport::Error| Failure::new(Exit::Usage, root_cause(&error));
+        let mut endpoint = Endpoint::from(self.door.address.clone())
             .user_agent(concat!("rolecache/", env!("CARGO_PKG_VERSION")))
-            .map_err(|error| Failure::new(Exit::Usage, error))?
+            .map_err(usage)?
             // A watch on a dead network would otherwise wait for ever.
             .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(5));
-        let why = match tokio::time::timeout(self.timeout, endpoint.connect()).await {
+        if let Some(tls) = self.door.tls()? {
+            endpoint = endpoint.tls_config(tls).map_err(usage)?;
+        }
+        let (why, is_tls) = match tokio::time::timeout(self.timeout, endpoint.connect()).await {
             Ok(Ok(channel)) => return Ok(channel),
-            Ok(Err(error)) => root_cause(&error),
-            Err(_) => format!("no answer within {}", humantime::format_duration(self.timeout)),
+            Ok(Err(error)) => (root_cause(&error), is_of_tls(&error)),
+            Err(_) => (format!("no answer within {}", humantime::format_duration(self.timeout)), false),
         };
-        let address = self.address.to_string();
+        let address = self.door.address.to_string();
         let address = address.trim_end_matches('/');
-        let message = format!(
-            "cannot connect to {address}: {why}\nhint: is `rolecache serve` running there? --address says where else"
-        );
-        Err(Failure::new(Exit::Unavailable, message))
+        let hint = match is_tls {
+            true => "--tls-ca names a file of who signed the server's certificate, --tls-server-name the name in it",
+            false => "is `rolecache serve` running there? --address says where else",
+        };
+        Err(Failure::new(Exit::Unavailable, format!("cannot connect to {address}: {why}\nhint: {hint}")))
     }
 
     pub(super) async fn connect(&self) -> Result<Client, Failure> {
-        let rpc = RoleCacheServiceClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let bearer = self.door.bearer()?;
+        let rpc = RoleCacheServiceClient::with_interceptor(self.channel().await?, bearer)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES);
         Ok(Client { rpc, timeout: self.timeout })
     }
 }
@@ -78,7 +86,7 @@ impl ClientArgs {
 // === impl Client ===
 
 impl Client {
-    pub(super) fn rpc(&self) -> RoleCacheServiceClient<Channel> {
+    pub(super) fn rpc(&self) -> Rpc {
         self.rpc.clone()
     }
 
@@ -173,6 +181,11 @@ fn hint(status: &Status, reason: Option<&str>, request_id: Option<&str>) -> Opti
         return Some(format!("{oldest}a watch starts over with --snapshot"));
     }
     let hint = match (status.code(), reason) {
+        (_, Some("NO_CREDENTIALS")) => "--token-file, or ROLECACHE_TOKEN in the environment, shows who you are",
+        (_, Some("BAD_CREDENTIALS")) => {
+            "the server does not know the token, or not any more; it may have another by now"
+        }
+        (_, Some("SCOPE_MISSING")) => "who keeps the server's credentials file can add a scope to the caller",
         (_, Some("USER_BUSY")) => "nothing was changed; worth another try",
         (_, Some("MESSAGE_TOO_LARGE")) => "ask for fewer at once",
         (_, Some("HISTORY_CHANGED")) => "a watch starts over with --snapshot",
@@ -193,16 +206,12 @@ fn root_cause(error: &(dyn Error + 'static)) -> String {
     cause.to_string()
 }
 
-fn parse_address(text: &str) -> Result<Uri, String> {
-    let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-    let uri: Uri = full.parse().map_err(|error| format!("{error}: write HOST:PORT or http://HOST:PORT"))?;
-    match uri.scheme_str() {
-        Some("http") if uri.port().is_none() => Err(format!("the port is missing: write {text}:50051")),
-        Some("http") if uri.path().len() <= 1 && uri.query().is_none() => Ok(uri),
-        Some("http") => Err("a server has no path: write HOST:PORT or http://HOST:PORT".into()),
-        Some(scheme) => Err(format!("{scheme}:// is not spoken here: write HOST:PORT or http://HOST:PORT")),
-        None => Err("write HOST:PORT or http://HOST:PORT".into()),
-    }
+/// Whether TLS is what a connection failed at.
+fn is_of_tls(error: &(dyn Error + 'static)) -> bool {
+    let causes = std::iter::successors(Some(error), |error| (*error).source());
+    let mut inner =
+        causes.filter_map(|cause| cause.downcast_ref::<std::io::Error>()).filter_map(|cause| cause.get_ref());
+    inner.any(|cause| cause.is::<rustls::Error>())
 }
 
 fn parse_timeout(text: &str) -> Result<Duration, String> {
@@ -252,15 +261,5 @@ mod tests {
         let details = ErrorDetails::with_retry_info(Some(Duration::from_millis(1500)));
         let status = Status::with_error_details(Code::Unavailable, "down", details);
         assert!(failure(&status, None).message.ends_with("hint: worth another try in 1s 500ms"));
-    }
-
-    #[test]
-    fn an_address_is_a_host_and_a_port() {
-        for text in ["127.0.0.1:50051", "http://localhost:1", "[::1]:50051", "http://h:1/"] {
-            assert!(parse_address(text).is_ok(), "{text}");
-        }
-        for text in ["localhost", "https://h:1", "http://h:1/path", "http://", "", "a b:1"] {
-            assert!(parse_address(text).is_err(), "{text}");
-        }
     }
 }

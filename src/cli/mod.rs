@@ -1,12 +1,14 @@
 //! The command line: what there is, what each command is called, and how each ends.
 
 mod client;
+mod door;
 mod health;
 mod migrate;
 mod output;
 mod progress;
 mod reads;
 mod serve;
+mod token;
 mod watch;
 mod writes;
 
@@ -57,6 +59,9 @@ enum Command {
     /// Show every change as it commits, through lost connections and restarts of the server
     #[command(after_help = WATCH)]
     Watch(watch::WatchArgs),
+    /// Keep the callers of a server: tokens, certificates, and what each may do
+    #[command(subcommand)]
+    Token(token::Token),
     /// Ask whether the server serves: exit 0 if so, otherwise 3
     Healthcheck(health::HealthArgs),
     /// Write a completion script for a shell
@@ -161,6 +166,7 @@ impl Cli {
             Command::History(args) => reads::history(args).await,
             Command::Stats(args) => reads::stats(args).await,
             Command::Watch(args) => watch::run(args).await,
+            Command::Token(command) => token::run(command),
             Command::Healthcheck(args) => health::run(args).await,
             Command::Completions { shell } => completions(shell),
         };

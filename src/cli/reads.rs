@@ -198,6 +198,8 @@ fn stats_table(stats: &StatsResponse) -> Table {
         ["revision, applied", &grouped(stats.revision)],
         ["revision, store", &grouped(stats.store_revision)],
         ["store", &format!("{} {}", output::plain(&stats.store_kind), output::plain(&stats.store_id))],
+        ["mismatches found", &grouped(stats.cache_mismatches)],
+        ["panics", &grouped(stats.panics)],
         ["uptime", &humantime::format_duration(uptime).to_string()],
         ["version", &output::plain(&stats.version)],
     ]);
@@ -291,6 +293,6 @@ mod tests {
     fn stats_fit_into_a_table() {
         let stats = StatsResponse { hits: 3, misses: 1, hit_rate_percent: 75.0, ..Default::default() };
         let text = stats_table(&stats).to_string();
-        assert!(text.contains("75.0 %") && text.lines().count() == 18, "{text}");
+        assert!(text.contains("75.0 %") && text.lines().count() == 20, "{text}");
     }
 }

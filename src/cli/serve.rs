@@ -8,8 +8,8 @@ use super::{Exit, Failure};
 use crate::{
     cache,
     config::{ServeArgs, ServeConfig},
-    feed, grpc, logging,
-    server::{Options, Server, ServerError},
+    failpoint, feed, logging,
+    server::{DoorOptions, Options, Server, ServerError},
     store,
 };
 
@@ -19,15 +19,16 @@ const RING_BYTES: usize = 16 << 20;
 /// Reads from the store at once while the cache cannot answer as truth.
 const FALLBACK_READS: usize = 64;
 
-const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// Of credentials and certificates. What was read counts once it was found twice: so a change counts within a second.
+const REREAD_INTERVAL: Duration = Duration::from_millis(500);
 
-const LIMITS: grpc::Limits = grpc::Limits { calls: 10_000, watches: 10_000 };
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 pub(super) async fn run(args: ServeArgs) -> Result<(), Failure> {
     let config = args.validate().map_err(|error| Failure::new(Exit::Usage, error))?;
     logging::init(&config.log);
-    if !config.listen.ip().is_loopback() {
-        tracing::warn!(listen = %config.listen, "everybody who reaches this address may read and write roles");
+    if let Some(danger) = config.doors.danger {
+        tracing::warn!(listen = %config.listen, "{danger}");
     }
     let refused = |error: ServerError| Failure::new(Exit::Refused, error);
     let stop = stop_signal().map_err(|error| Failure::new(Exit::Refused, error))?;
@@ -55,10 +56,22 @@ fn options(config: ServeConfig) -> Options {
         },
         roles: config.roles,
         retain_changes: config.retain_changes,
-        upkeep_interval: UPKEEP_INTERVAL,
+        upkeep_interval: upkeep_interval(),
+        self_check: config.self_check,
         reflection: config.reflection,
-        limits: LIMITS,
+        doors: DoorOptions {
+            credentials: config.doors.credentials,
+            allowance: config.allowance,
+            tls: config.doors.tls,
+            reread: REREAD_INTERVAL,
+        },
+        limits: config.limits,
     }
+}
+
+fn upkeep_interval() -> Duration {
+    let told = failpoint::told!("server::upkeep").and_then(|millis| millis.parse().ok());
+    told.map_or(UPKEEP_INTERVAL, Duration::from_millis)
 }
 
 /// Resolves at the first SIGTERM or SIGINT. Taken over before anything is built: a signal during the start drains too.

@@ -1,7 +1,7 @@
 //! The feed: what the log says, once read by one tailer, for any number of watchers.
 //!
 //! A watcher is a [`Cursor`]: its place in the log, over a ring that all share. It pulls; nothing is ever queued for it,
-//! so that a watcher that does not read costs its place and no more.
+//! so that a watcher that does not read costs its place, and where it is behind the ring a small page, and no more.
 
 mod audit;
 mod ring;
@@ -35,8 +35,12 @@ pub const OVERSIZED: u64 = 10_000;
 /// Watchers that page the log from the store at once; the others wait for their turn.
 const PAGERS: usize = 4;
 
-/// Changes that a paging watcher holds at once, one that does not read for as long as it does not.
+/// Changes that a paging watcher reads at once; so many of one commit go into one message.
 const PAGER_LIMIT: usize = 1_000;
+
+/// Of them, so much stays in memory until it is taken, which may be never: some hundreds of usual commits. The rest is read
+/// again. Of a commit that is larger, one message.
+const PAGE_BYTES: usize = 64 * 1024;
 
 /// How often all watchers are woken at most: what comes in between reaches them together. The first is not kept waiting.
 const BELL_PAUSE: Duration = Duration::from_millis(10);
@@ -82,7 +86,7 @@ pub struct Cursor {
     paged_to: Option<Position>,
     /// A page on its way. In a task of its own: a watcher that is not polled, because its client does not read, would
     /// keep its turn and its connection for ever.
-    paging: Option<AbortOnDropHandle<Result<Page, LogError>>>,
+    paging: Option<AbortOnDropHandle<Result<(Page, Revision), LogError>>>,
 }
 
 /// Why a watch cannot go on.
@@ -219,16 +223,23 @@ impl Cursor {
         CursorError::HistoryChanged { last: self.seen() }
     }
 
-    fn page(&self) -> AbortOnDropHandle<Result<Page, LogError>> {
-        let (shared, position) = (self.feed.shared.clone(), self.position);
+    /// The next page of the log, and what was applied before it was read.
+    fn page(&self) -> AbortOnDropHandle<Result<(Page, Revision), LogError>> {
+        let (shared, position, history) = (self.feed.shared.clone(), self.position, self.history);
         AbortOnDropHandle::new(tokio::spawn(async move {
-            let Ok(_turn) = shared.pagers.acquire().await else { unreachable!("the semaphore is never closed") };
-            shared.store.read_log(&position, PAGER_LIMIT).await
+            let turn = shared.pagers.acquire().await;
+            let applied = shared.step.applied();
+            let page = shared.store.read_log(&position, PAGER_LIMIT).await?;
+            drop(turn);
+            // The store may have gone back in time, and this replica not know yet: then the page is of another history. What
+            // is found anew is what was applied before, and so vouches for no more.
+            shared.step.found_anew(history).await;
+            Ok((page, applied))
         }))
     }
 
-    async fn take(&mut self, page: Result<Page, LogError>) -> Result<(), CursorError> {
-        let page = match page {
+    async fn take(&mut self, page: Result<(Page, Revision), LogError>) -> Result<(), CursorError> {
+        let (page, applied) = match page {
             Ok(page) => page,
             Err(LogError::Store(StoreError::Unreachable(cause))) => {
                 tracing::debug!(%cause, "a watcher asks the store for the log again");
@@ -245,9 +256,14 @@ impl Cursor {
         };
         // Pages never run ahead of what the cache has applied: who hears of a change and then reads would otherwise get
         // the old role.
-        let applied = self.places.borrow().applied.revision;
         let whole_page = page.commits.len();
-        self.paged = page.commits.into_iter().take_while(|commit| commit.revision <= applied).map(Arc::new).collect();
+        let mut bytes = 0;
+        let is_taken = |commit: &Commit| {
+            let is_first = bytes == 0;
+            bytes += ring::bytes(commit);
+            commit.revision <= applied && (is_first || bytes <= PAGE_BYTES)
+        };
+        self.paged = page.commits.into_iter().take_while(is_taken).map(Arc::new).collect();
         self.paged_to = (self.paged.len() == whole_page).then_some(page.next);
         if self.paged.is_empty() {
             self.moved().await?;

@@ -23,7 +23,7 @@ pub(super) enum Lookup {
     UpToDate,
     /// It fell out of the ring.
     Behind,
-    /// The ring has another commit of this revision.
+    /// The ring is without this commit, and so of another history.
     Foreign,
 }
 
@@ -48,33 +48,40 @@ impl Ring {
         }
     }
 
-    /// The first commit after `anchor`.
+    /// The first commit after `anchor`, which is a commit of the store's.
     pub(super) fn after(&self, anchor: Anchor) -> Lookup {
         if anchor.revision < self.floor.revision {
             return Lookup::Behind;
         }
         let next = self.commits.partition_point(|commit| commit.revision <= anchor.revision);
         let before = next.checked_sub(1).map_or(self.floor, |last| self.commits[last].anchor());
-        if before.revision == anchor.revision && before.tag != anchor.tag {
-            return Lookup::Foreign;
+        match self.commits.get(next) {
+            // A number that was skipped here and not in the store: what follows it there is another commit.
+            Some(_) if before != anchor => Lookup::Foreign,
+            None if before.revision == anchor.revision && before.tag != anchor.tag => Lookup::Foreign,
+            Some(commit) => Lookup::Next(commit.clone()),
+            None => Lookup::UpToDate,
         }
-        self.commits.get(next).map_or(Lookup::UpToDate, |commit| Lookup::Next(commit.clone()))
     }
 }
 
-/// What a commit takes in memory, near enough: its own structures and the texts that no other commit shares.
-fn bytes(commit: &Commit) -> usize {
-    let text = |text: &Option<Box<str>>| text.as_ref().map_or(0, |text| text.len());
+/// What a commit takes in memory, near enough: its own structures, the texts that no other commit shares, and what the
+/// allocator and reference counts add to each of them.
+pub(super) fn bytes(commit: &Commit) -> usize {
+    const BLOCK: usize = 16;
+    const COUNTS: usize = 16;
+    let text = |text: &Option<Box<str>>| text.as_ref().map_or(0, |text| text.len() + BLOCK);
     let change = |change: &Change| {
-        let role = |role: &Option<RoleName>| role.as_ref().map_or(0, |role| role.as_str().len() + 16);
-        size_of::<Change>()
-            + role(&change.old)
+        let role = |role: &Option<RoleName>| role.as_ref().map_or(0, |role| role.as_str().len() + COUNTS + BLOCK);
+        role(&change.old)
             + role(&change.new)
             + text(&change.username)
             + text(&change.reason)
-            + change.actor.len()
+            + (change.actor.len() + COUNTS + BLOCK)
     };
-    size_of::<Arc<Commit>>() + size_of::<Commit>() + commit.changes.iter().map(change).sum::<usize>()
+    let own = size_of::<Arc<Commit>>() + size_of::<Commit>() + COUNTS + BLOCK;
+    let changes = commit.changes.capacity() * size_of::<Change>() + BLOCK;
+    own + changes + commit.changes.iter().map(change).sum::<usize>()
 }
 
 #[cfg(test)]
@@ -118,7 +125,7 @@ mod tests {
         }
         assert_eq!(ring.after(anchor(10)), Lookup::Behind);
         assert_eq!(ring.after(anchor(11)), Lookup::Next(commit(13, 1)));
-        assert_eq!(ring.after(anchor(12)), Lookup::Next(commit(13, 1)));
+        assert_eq!(ring.after(anchor(12)), Lookup::Foreign, "there is no such commit here");
         assert_eq!(ring.after(anchor(15)), Lookup::UpToDate);
         assert_eq!(ring.after(anchor(99)), Lookup::UpToDate);
         for revision in [11, 14, 15] {
@@ -157,8 +164,10 @@ mod tests {
                 prop_assert!(held <= bound || ring.commits.len() == 1);
             }
             for after in asked {
+                let is_there = after == 5 || log.iter().any(|commit| commit.revision.0 == after);
                 let expected = match log.iter().find(|commit| commit.revision.0 > after) {
                     _ if after < ring.floor.revision.0 => Lookup::Behind,
+                    Some(_) if !is_there => Lookup::Foreign,
                     Some(next) => Lookup::Next(next.clone()),
                     None => Lookup::UpToDate,
                 };

@@ -12,6 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{Feed, OVERSIZED, Options, audit};
 use crate::{
+    failpoint,
     role::{Anchor, Commit},
     step::{FeedState, Moment, Stepper},
     store::{LogError, Page, Position, StoreError},
@@ -56,8 +57,13 @@ impl Tailer {
     }
 
     async fn follow(&self) -> Broken {
-        let mut position = self.start_over().await;
+        self.stepper.begin_history();
+        let mut position = match self.start_over().await {
+            Ok(position) => position,
+            Err(broken) => return broken,
+        };
         loop {
+            failpoint::kill!("tailer::task");
             // A nudge that comes before the wait is kept for it.
             let nudged = self.stepper.nudged();
             match self.catch_up(&mut position).await {
@@ -66,30 +72,39 @@ impl Tailer {
                 Err(LogError::Store(error)) => return Broken(error),
                 Err(reason) => {
                     tracing::error!(%reason, "the change log does not go on from here: starting over with an empty cache");
-                    position = self.start_over().await;
+                    // Nothing of the history that is gone may be answered, not even for as long as its proof would hold.
+                    self.stepper.begin_history();
+                    self.stepper.set_feed(FeedState::CatchingUp);
+                    position = match self.start_over().await {
+                        Ok(position) => position,
+                        Err(broken) => return broken,
+                    };
                     continue;
                 }
             }
             let poll = self.feed.shared.store.poll_at_least_every();
-            let interval = poll.map_or(self.options.poll_interval, |poll| poll.min(self.options.poll_interval));
+            let mut interval = poll.map_or(self.options.poll_interval, |poll| poll.min(self.options.poll_interval));
+            if failpoint::is_on!("tailer::unpolled") {
+                interval = Duration::MAX;
+            }
             let _ = timeout(interval, nudged).await;
         }
     }
 
-    /// Begins a history at the store's head, with an empty cache and an empty ring.
-    async fn start_over(&self) -> Position {
+    /// Follows a history that has begun from the store's head on, with an empty cache and an empty ring.
+    async fn start_over(&self) -> Result<Position, Broken> {
         loop {
             let sent = Moment::now();
             match self.heard(self.feed.shared.store.head()).await {
                 Ok(head) => {
-                    self.stepper.begin_history();
                     self.apply.reset();
                     self.feed.restart(head, self.options.ring_bytes);
                     self.stepper.follow_from(head);
                     self.stepper.prove(sent);
                     tracing::info!(revision = head.revision.0, "following the change log");
-                    return head.into();
+                    return Ok(head.into());
                 }
+                Err(error @ StoreError::Broken(_)) => return Err(Broken(error)),
                 Err(cause) => {
                     self.lost(&cause);
                     sleep(self.options.poll_interval).await;
@@ -104,6 +119,7 @@ impl Tailer {
             let sent = Moment::now();
             let read = self.feed.shared.store.read_log(position, OVERSIZED as usize);
             let page = self.heard(read).await?;
+            self.stepper.find(sent);
             self.stepper.saw_head(page.head.revision);
             let reaches_head = page.reaches_head();
             *position = page.next;
@@ -123,7 +139,9 @@ impl Tailer {
     fn enter(&self, page: Page) {
         let admin = &self.feed.shared.store.facts().admin_role;
         for commit in page.commits {
+            failpoint::kill!("tailer::before_apply");
             self.apply.apply(&commit);
+            failpoint::kill!("tailer::before_ring");
             audit::record(&commit, admin);
             if commit.ends_here() {
                 let anchor = commit.anchor();
@@ -151,7 +169,11 @@ impl Tailer {
 
     fn lost(&self, cause: &dyn std::fmt::Display) {
         if self.stepper.reader().feed() != FeedState::Disconnected {
-            tracing::warn!(%cause, "the store does not answer: reads are served from the cache, and marked stale");
+            let reads = match self.stepper.reader().is_between_histories() {
+                true => "refused",
+                false => "served from the cache, and marked stale",
+            };
+            tracing::warn!(%cause, "the store does not answer: reads are {reads}");
         }
         self.stepper.set_feed(FeedState::Disconnected);
     }

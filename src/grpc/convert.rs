@@ -1,12 +1,15 @@
 //! Wire to domain, checked field by field, and domain to wire. Past this file nobody checks again.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::HashSet,
+    time::{Duration, SystemTime},
+};
 
 use prost::Message;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use super::{status::Fault, token};
+use super::{fault::Fault, token};
 use crate::{
     proto::v1,
     role::{
@@ -103,7 +106,8 @@ pub(super) fn page_size(size: i32) -> Result<usize, Fault> {
     }
 }
 
-pub(super) fn change_kinds(field: &str, kinds: &[i32]) -> Result<Vec<ChangeKind>, Fault> {
+/// Each kind once, however often it was named: it is kept as long as the watch is open.
+pub(super) fn change_kinds(field: &str, kinds: &[i32]) -> Result<HashSet<ChangeKind>, Fault> {
     let kind = |(index, kind): (usize, &i32)| match v1::ChangeKind::try_from(*kind) {
         Ok(v1::ChangeKind::UserCreated) => Ok(ChangeKind::UserCreated),
         Ok(v1::ChangeKind::AdminAdded) => Ok(ChangeKind::AdminAdded),

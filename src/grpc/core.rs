@@ -8,13 +8,14 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{READ_LIMIT, convert, status::Fault, watch::Watches};
+use super::{READ_LIMIT, convert, fault::Fault, watch::Watches};
 use crate::{
     cache::RoleCache,
     feed::Feed,
+    panics,
     proto::v1,
     role::{MailboxId, Revision},
-    step::Step,
+    step::{FeedState, Step},
     store::{Call, Store, Written},
     writer::{WriteFailure, Writer},
 };
@@ -59,7 +60,24 @@ impl Core {
 
     pub(super) async fn write(&self, call: Call) -> Result<Written, Fault> {
         let mailbox: Option<MailboxId> = call.mailbox();
+        #[cfg(feature = "failpoints")]
+        if crate::failpoint::is_on!("bug::write_in_request") {
+            return self.write_in_request(call).await;
+        }
         self.writer.write(call).await.map_err(|failure: WriteFailure| Fault::write(failure, mailbox))
+    }
+
+    /// A bug for tests: whoever hangs up drops the write in its midst.
+    #[cfg(feature = "failpoints")]
+    async fn write_in_request(&self, call: Call) -> Result<Written, Fault> {
+        use crate::store::WriteError;
+        let mailbox = call.mailbox();
+        match self.store.write(&[call]).await.remove(0) {
+            Ok(written) => self.applied(written.revision).await.map(|()| written),
+            Err(WriteError::Refused(refusal)) => Err(Fault::write(WriteFailure::Refused(refusal), mailbox)),
+            Err(WriteError::Busy) => Err(Fault::write(WriteFailure::UserBusy, mailbox)),
+            Err(_) => Err(Fault::write(WriteFailure::OutcomeUnknown, mailbox)),
+        }
     }
 
     pub(super) fn changes(&self, written: &Written) -> Vec<v1::RoleChange> {
@@ -80,17 +98,19 @@ impl Core {
     /// Waits until this replica has applied what an answer from the store shows: who sees it and then reads must not
     /// get an older role.
     pub(super) async fn applied(&self, revision: Revision) -> Result<(), Fault> {
-        let place = self.step.place();
         self.step.nudge();
         let arrived = async {
-            if revision < place.applied.revision {
-                // Of before this replica's last commits, or the store has gone back in time: the next proof tells.
+            let place = self.step.settled().await;
+            if revision <= place.applied.revision {
+                // Of what this replica has applied, or the store has gone back in time: the next proof tells.
                 self.step.proven_anew().await;
             }
             self.step.reach_in(place.history, revision).await
         };
         match timeout(READ_LIMIT, arrived).await {
             Ok(Ok(())) => Ok(()),
+            // The store answers, and this replica has so much to take in that it cannot say when it is as far.
+            Err(_) if self.step.feed() == FeedState::CatchingUp => Err(Fault::Overloaded),
             _ => Err(Fault::StoreUnreachable),
         }
     }
@@ -118,6 +138,8 @@ impl Core {
             cache_bytes: int(stats.bytes),
             uptime: prost_types::Duration::try_from(self.started.elapsed()).ok(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            cache_mismatches: int(stats.mismatches),
+            panics: int(panics::counted()),
         }
     }
 }

@@ -2,13 +2,19 @@
 //!
 //! `tonic` and `prost` are known here and in the client only.
 
+mod answer;
 mod convert;
 mod core;
 mod deadline;
+mod door;
 mod edge;
+mod fault;
+mod peer;
 mod roles;
 mod snapshot;
 mod status;
+mod stream;
+mod tls;
 mod token;
 mod transport;
 mod watch;
@@ -18,13 +24,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch as latest};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use self::{core::Core, edge::Edge, roles::RoleService, transport::Ends, watch::Watches};
+pub use self::tls::{ClientCa, Tls, TlsOptions};
+use self::{
+    core::Core,
+    door::Door,
+    edge::Edge,
+    roles::RoleService,
+    transport::{Ends, Wire},
+    watch::Watches,
+};
 use crate::{
+    access::Access,
     cache::RoleCache,
     feed::Feed,
     proto::{
@@ -37,20 +52,41 @@ use crate::{
     writer::Writer,
 };
 
-/// Of a request.
-const MESSAGE_LIMIT: usize = 256 * 1024;
-
 /// How long a read waits for a revision, or for anything else.
 const READ_LIMIT: Duration = Duration::from_secs(5);
 
-/// Who asks, where the server asks nobody who they are.
-const ANONYMOUS: &str = "anonymous";
+/// Of requests for health and reflection, which name a service or a symbol and come without credentials.
+const SMALL_MESSAGE: usize = 4 * 1024;
 
-/// How much is served at once; what is over it is refused.
-#[derive(Clone, Copy, Debug)]
+/// How much is served at once, and how long anybody is waited for.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Limits {
+    /// Connections; further ones wait to be accepted.
+    pub connections: usize,
+    /// Calls and watches of one connection; a client waits with further ones.
+    pub streams: u32,
+    /// Calls in flight; further ones are refused.
     pub calls: usize,
+    /// Watches; further ones are refused.
     pub watches: usize,
+    /// Of a request.
+    pub message_bytes: usize,
+    pub header_bytes: u32,
+    /// Of a call, whatever later deadline its caller names.
+    pub deadline: Duration,
+    /// Of TLS and the beginning of HTTP/2, together.
+    pub handshake: Duration,
+    /// How often a client is asked whether it is still there.
+    pub keepalive: Duration,
+    /// After which a connection is closed that nothing goes over.
+    pub idle: Duration,
+}
+
+/// What the doors are.
+pub struct Doors {
+    pub access: Arc<Access>,
+    /// The newest; None where there is no TLS.
+    pub tls: Option<latest::Receiver<Arc<Tls>>>,
 }
 
 /// The gRPC side of a server: bound and answering from the start, with a core as soon as the store is reached.
@@ -58,7 +94,7 @@ pub struct Grpc {
     core: Arc<OnceLock<Arc<Core>>>,
     health: HealthReporter,
     connections: TaskTracker,
-    limits: Limits,
+    watches: usize,
     started: Instant,
     ends: Ends,
 }
@@ -67,15 +103,17 @@ impl Grpc {
     /// The services, of which writes may set `roles`, and a future that accepts connections for them until [`Grpc::drain`].
     pub async fn new(
         listener: TcpListener,
+        doors: Doors,
         limits: Limits,
         reflection: bool,
         roles: Vec<RoleName>,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (health, health_service) = tonic_health::server::health_reporter();
         let core = Arc::new(OnceLock::new());
-        let service =
-            RoleCacheServiceServer::new(RoleService::new(core.clone(), roles)).max_decoding_message_size(MESSAGE_LIMIT);
-        let mut routes = Routes::new(service).add_service(health_service);
+        let door = Arc::new(Door::new(doors.access));
+        let service = RoleService::new(core.clone(), roles, door.clone());
+        let service = RoleCacheServiceServer::new(service).max_decoding_message_size(limits.message_bytes);
+        let mut routes = Routes::new(service).add_service(health_service.max_decoding_message_size(SMALL_MESSAGE));
         if reflection {
             let build = || {
                 tonic_reflection::server::Builder::configure()
@@ -86,14 +124,17 @@ impl Grpc {
             };
             let unreadable = "descriptors that the build made";
             routes = routes
-                .add_service(build().build_v1().expect(unreadable))
-                .add_service(build().build_v1alpha().expect(unreadable));
+                .add_service(build().build_v1().expect(unreadable).max_decoding_message_size(SMALL_MESSAGE))
+                .add_service(build().build_v1alpha().expect(unreadable).max_decoding_message_size(SMALL_MESSAGE));
         }
         let ends = Ends::default();
-        let edge = Edge::new(routes.prepare(), limits.calls, ends.gently.clone());
+        let replaced = door.replaced();
+        let edge = Edge::new(routes.prepare(), door, &limits, ends.gently.clone());
         let connections = TaskTracker::new();
-        let accept = transport::serve(listener, edge, connections.clone(), ends.clone());
-        let grpc = Self { core, health, connections, limits, started: Instant::now(), ends };
+        let watches = limits.watches;
+        let wire = Wire { edge, limits: Arc::new(limits), tls: doors.tls, replaced, ends: ends.clone() };
+        let accept = transport::serve(listener, wire, connections.clone());
+        let grpc = Self { core, health, connections, watches, started: Instant::now(), ends };
         grpc.set_serving(false).await;
         (grpc, accept)
     }
@@ -103,7 +144,7 @@ impl Grpc {
     /// # Panics
     /// On a second call.
     pub fn open(&self, cache: Arc<RoleCache>, feed: Feed, writer: Writer, store: Arc<dyn Store>, step: Step) {
-        let (watches, shutdown) = (Watches::new(self.limits.watches), self.ends.gently.clone());
+        let (watches, shutdown) = (Watches::new(self.watches), self.ends.gently.clone());
         let core = Core::new(cache, feed, writer, store, step, watches, self.started, shutdown);
         assert!(self.core.set(Arc::new(core)).is_ok(), "a server has one core");
     }

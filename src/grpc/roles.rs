@@ -9,17 +9,21 @@ use tokio::time::Instant;
 use tonic::{Extensions, Request, Response, Status};
 
 use super::{
-    ANONYMOUS, Core, convert,
+    Core, convert,
     deadline::Deadline,
-    status::Fault,
+    door::{Asker, Door},
+    fault::Fault,
     token::{ChangesPlace, Listing, UsersPlace},
     watch::{self, WatchStream},
 };
 use crate::{
     cache::{Query, Source},
-    proto::v1::{self, role_cache_service_server::RoleCacheService},
+    proto::{
+        Method,
+        v1::{self, role_cache_service_server::RoleCacheService},
+    },
     role::{Revision, RoleName},
-    store::{Call, ListPosition, Op},
+    store::{Call, Grant, ListPosition, Op, RequestId, Written},
 };
 
 /// The RPCs of the contract, over a core that is there once the store has been reached.
@@ -28,15 +32,38 @@ pub(super) struct RoleService {
     core: Arc<OnceLock<Arc<Core>>>,
     /// Those that writes may set.
     roles: Arc<[RoleName]>,
+    door: Arc<Door>,
 }
 
 impl RoleService {
-    pub(super) fn new(core: Arc<OnceLock<Arc<Core>>>, roles: Vec<RoleName>) -> Self {
-        Self { core, roles: roles.into() }
+    pub(super) fn new(core: Arc<OnceLock<Arc<Core>>>, roles: Vec<RoleName>, door: Arc<Door>) -> Self {
+        Self { core, roles: roles.into(), door }
     }
 
     fn core(&self) -> Result<&Arc<Core>, Fault> {
         self.core.get().ok_or(Fault::StoreUnreachable)
+    }
+
+    /// A write in its caller's name, of roles that `grant` has.
+    async fn write(
+        &self,
+        method: Method,
+        asker: &Asker,
+        grant: Grant,
+        request: Option<RequestId>,
+        op: Op,
+    ) -> Result<Written, Fault> {
+        // Its request may have been on its way for as long as its deadline lets it.
+        if asker.caller.is_revoked() {
+            self.door.log(Some(&asker.caller), &asker.peer, method, &Fault::BadCredentials);
+            return Err(Fault::BadCredentials);
+        }
+        let call = Call { actor: asker.caller.name.clone(), grant, request, op };
+        let written = self.core()?.write(call).await;
+        if let Err(fault @ Fault::ScopeMissing { .. }) = &written {
+            self.door.log(Some(&asker.caller), &asker.peer, method, fault);
+        }
+        written
     }
 }
 
@@ -84,7 +111,7 @@ impl RoleCacheService for RoleService {
     }
 
     async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Result<Response<v1::SetRoleResponse>, Status> {
-        let mut request = request.into_inner();
+        let (asker, mut request) = parts(request)?;
         let request_id = std::mem::take(&mut request.request_id);
         let request_id = convert::request_id("SetRole", request_id, &request)?;
         let user = convert::user_id("user_id", request.user_id)?;
@@ -95,7 +122,7 @@ impl RoleCacheService for RoleService {
         let reason = convert::reason("reason", request.reason)?;
         let op = Op::Set { user, role, username, expected, reason };
         let core = self.core()?;
-        let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
+        let written = self.write(Method::SetRole, &asker, asker.caller.scopes.grant().clone(), request_id, op).await?;
         let revision = written.revision.0;
         Ok(Response::new(v1::SetRoleResponse { change: core.changes(&written).pop(), revision }))
     }
@@ -104,7 +131,7 @@ impl RoleCacheService for RoleService {
         &self,
         request: Request<v1::TransferAdminRequest>,
     ) -> Result<Response<v1::TransferAdminResponse>, Status> {
-        let mut request = request.into_inner();
+        let (asker, mut request) = parts(request)?;
         let request_id = std::mem::take(&mut request.request_id);
         let request_id = convert::request_id("TransferAdmin", request_id, &request)?;
         let from = convert::user_id("from_user_id", request.from_user_id)?;
@@ -115,9 +142,10 @@ impl RoleCacheService for RoleService {
         let mailbox = request.mailbox_id.map(|id| convert::mailbox_id("mailbox_id", id)).transpose()?;
         let to_username = convert::name("to_username", request.to_username)?;
         let reason = convert::reason("reason", request.reason)?;
+        // The scope `transfer` is the power to make admins, whatever roles the caller's other writes may touch.
         let op = Op::Transfer { from, to, mailbox, demote_from: request.demote_from, to_username, reason };
         let core = self.core()?;
-        let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
+        let written = self.write(Method::TransferAdmin, &asker, Grant::Any, request_id, op).await?;
         let revision = written.revision.0;
         Ok(Response::new(v1::TransferAdminResponse { changes: core.changes(&written), revision }))
     }
@@ -126,14 +154,15 @@ impl RoleCacheService for RoleService {
         &self,
         request: Request<v1::DeleteUserRequest>,
     ) -> Result<Response<v1::DeleteUserResponse>, Status> {
-        let mut request = request.into_inner();
+        let (asker, mut request) = parts(request)?;
         let request_id = std::mem::take(&mut request.request_id);
         let request_id = convert::request_id("DeleteUser", request_id, &request)?;
         let user = convert::user_id("user_id", request.user_id)?;
         let reason = convert::reason("reason", request.reason)?;
         let op = Op::Delete { user, reason };
         let core = self.core()?;
-        let written = core.write(Call { actor: ANONYMOUS.into(), request: request_id, op }).await?;
+        let written =
+            self.write(Method::DeleteUser, &asker, asker.caller.scopes.grant().clone(), request_id, op).await?;
         let revision = written.revision.0;
         Ok(Response::new(v1::DeleteUserResponse { change: core.changes(&written).pop(), revision }))
     }
@@ -142,11 +171,11 @@ impl RoleCacheService for RoleService {
         &self,
         request: Request<v1::RegisterMailboxRequest>,
     ) -> Result<Response<v1::RegisterMailboxResponse>, Status> {
-        let request = request.into_inner();
+        let (asker, request) = parts(request)?;
         let mailbox = convert::mailbox_id("mailbox_id", request.mailbox_id)?;
         let creator = convert::user_id("creator_id", request.creator_id)?;
         let op = Op::Register { mailbox, creator };
-        self.core()?.write(Call { actor: ANONYMOUS.into(), request: None, op }).await?;
+        self.write(Method::RegisterMailbox, &asker, Grant::Any, None, op).await?;
         Ok(Response::new(v1::RegisterMailboxResponse {}))
     }
 
@@ -230,10 +259,18 @@ impl RoleCacheService for RoleService {
         &self,
         request: Request<v1::WatchRoleChangesRequest>,
     ) -> Result<Response<Self::WatchRoleChangesStream>, Status> {
-        let (_, extensions, request) = request.into_parts();
-        let stream = watch::open(self.core()?.clone(), request, deadline(&extensions)).await?;
+        let deadline = deadline(request.extensions());
+        let (asker, request) = parts(request)?;
+        let stream = watch::open(self.core()?.clone(), asker.caller, request, deadline).await?;
         Ok(Response::new(stream))
     }
+}
+
+/// Who asks, and what.
+fn parts<T>(request: Request<T>) -> Result<(Asker, T), Fault> {
+    let (_, mut extensions, request) = request.into_parts();
+    let asker = extensions.remove::<Asker>().ok_or_else(|| Fault::bug(&"a call came past the door"))?;
+    Ok((asker, request))
 }
 
 fn query(min_revision: i64, fully_consistent: bool, extensions: &Extensions) -> Result<Query, Fault> {

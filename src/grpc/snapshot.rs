@@ -3,7 +3,7 @@
 //! The watch is not polled while its client does not read; the task ends in time all the same, and with it the
 //! transaction that it holds open in the store and its turn, which others wait for.
 
-use std::{sync::Arc, time::Duration};
+use std::{panic, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot},
@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Core, status::Fault};
+use super::{Core, fault::Fault};
 use crate::{
     role::{Anchor, UserRow},
     store::SNAPSHOT_LIMIT,
@@ -27,7 +27,7 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct SnapshotReader {
     anchor: Option<oneshot::Receiver<Result<Anchor, Fault>>>,
     chunks: mpsc::Receiver<Result<Vec<UserRow>, Fault>>,
-    _task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 impl SnapshotReader {
@@ -37,7 +37,7 @@ impl SnapshotReader {
         let task = tokio::spawn(async move {
             let _ = timeout(SNAPSHOT_LIMIT, read(core, begun, sender)).await;
         });
-        Self { anchor: Some(anchor), chunks, _task: AbortOnDropHandle::new(task) }
+        Self { anchor: Some(anchor), chunks, task: AbortOnDropHandle::new(task) }
     }
 
     /// The commit that the snapshot is as of, once this replica has applied it too.
@@ -46,13 +46,27 @@ impl SnapshotReader {
     /// On a second call.
     pub(super) async fn anchor(&mut self) -> Result<Anchor, Fault> {
         let anchor = self.anchor.take().expect("asked once");
-        anchor.await.unwrap_or(Err(Fault::Overloaded))
+        match anchor.await {
+            Ok(anchor) => anchor,
+            Err(_) => Err(self.ended(Fault::Overloaded).await),
+        }
     }
 
     /// The next chunk; empty at the end.
     pub(super) async fn next(&mut self) -> Result<Vec<UserRow>, Fault> {
-        // Closed before the end: the client took too long.
-        self.chunks.recv().await.unwrap_or(Err(Fault::Deadline))
+        match self.chunks.recv().await {
+            Some(chunk) => chunk,
+            // Closed before the end: the client took too long.
+            None => Err(self.ended(Fault::Deadline).await),
+        }
+    }
+
+    /// Why the task ended before its work did: `fault`, unless it panicked; then the watch does, too, and says so.
+    async fn ended(&mut self, fault: Fault) -> Fault {
+        match (&mut self.task).await {
+            Err(error) if error.is_panic() => panic::resume_unwind(error.into_panic()),
+            _ => fault,
+        }
     }
 }
 

@@ -1,49 +1,13 @@
-//! The one map from what went wrong to what a caller is told: code, reason, metadata, a sentence.
-//!
-//! The contract is `docs/errors.md`. Causes stay in the log; no word of the store's reaches a caller.
+//! What each fault is on the wire: code, reason, metadata, a sentence. The contract is `docs/errors.md`.
 
-use std::{collections::HashMap, fmt::Display, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
-use uuid::Uuid;
 
-use crate::{
-    cache::ReadError,
-    feed::CursorError,
-    role::{Anchor, MailboxId, Revision, RoleName, UserId},
-    store::{LogError, Refusal, StoreError},
-    writer::WriteFailure,
-};
+use super::fault::{Fault, short};
 
 const DOMAIN: &str = "rolecache";
-
-/// Everything that a caller can be told.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Fault {
-    InvalidField { field: String, problem: String },
-    UnknownRole { field: &'static str, known: String },
-    RequestIdReused,
-    MailboxNotFound { mailbox: MailboxId },
-    MailboxExists { creator: UserId },
-    RoleMismatch { current: RoleName },
-    NotAnAdmin { current: RoleName },
-    NotTheCreator { creator: UserId },
-    HistoryChanged { store_id: Uuid, revision: Revision },
-    RevisionUnknown { requested: Revision, head: Revision },
-    StoreRejected,
-    UserBusy,
-    RevisionCompacted { requested: Revision, oldest: Revision, head: Revision, store_id: Uuid },
-    Overloaded,
-    TooManyWatches,
-    MessageTooLarge { limit: usize },
-    Deadline,
-    StoreUnreachable,
-    OutcomeUnknown,
-    TooStale { age: Duration },
-    ShuttingDown,
-    Bug { incident: Uuid },
-}
 
 /// What a fault is on the wire.
 struct Wire {
@@ -58,91 +22,6 @@ struct Wire {
 // === impl Fault ===
 
 impl Fault {
-    pub(super) fn field(field: impl Into<String>, problem: impl Into<String>) -> Self {
-        Self::InvalidField { field: field.into(), problem: problem.into() }
-    }
-
-    /// A broken invariant: the cause goes to the log, under an id that the caller gets.
-    pub(super) fn bug(cause: &dyn Display) -> Self {
-        let incident = Uuid::new_v4();
-        tracing::error!(%incident, %cause, "a call failed for a reason that should not exist");
-        Self::Bug { incident }
-    }
-
-    fn unreachable(cause: &dyn Display) -> Self {
-        tracing::debug!(%cause, "a call failed because the store does not answer");
-        Self::StoreUnreachable
-    }
-
-    pub(super) fn read(error: ReadError) -> Self {
-        match error {
-            ReadError::Unreachable(cause) => Self::unreachable(&cause),
-            ReadError::Broken(cause) => Self::bug(&cause),
-            ReadError::TooStale { age } => Self::TooStale { age },
-            ReadError::Overloaded => Self::Overloaded,
-            ReadError::UnknownRevision { requested, head } => Self::RevisionUnknown { requested, head },
-            ReadError::Deadline => Self::Deadline,
-        }
-    }
-
-    pub(super) fn store(error: StoreError) -> Self {
-        match error {
-            StoreError::Unreachable(cause) => Self::unreachable(&cause),
-            StoreError::Broken(cause) => Self::bug(&cause),
-        }
-    }
-
-    pub(super) fn log(error: LogError, store_id: Uuid) -> Self {
-        match error {
-            LogError::HistoryChanged { head, .. } => Self::HistoryChanged { store_id, revision: head },
-            LogError::Compacted { requested, oldest, head } => {
-                Self::RevisionCompacted { requested, oldest, head, store_id }
-            }
-            LogError::Unknown { requested, head } => Self::RevisionUnknown { requested, head },
-            LogError::Store(error) => Self::store(error),
-        }
-    }
-
-    /// `head` is the newest revision known.
-    pub(super) fn cursor(error: CursorError, store_id: Uuid, head: Anchor) -> Self {
-        match error {
-            CursorError::HistoryChanged { .. } => Self::HistoryChanged { store_id, revision: head.revision },
-            CursorError::Compacted { requested, oldest, head } => {
-                Self::RevisionCompacted { requested, oldest, head, store_id }
-            }
-            CursorError::Broken(error) => Self::store(error),
-        }
-    }
-
-    pub(super) fn write(failure: WriteFailure, mailbox: Option<MailboxId>) -> Self {
-        match failure {
-            WriteFailure::Refused(refusal) => Self::refusal(refusal, mailbox),
-            WriteFailure::UserBusy => Self::UserBusy,
-            WriteFailure::Unreachable(cause) => Self::unreachable(&cause),
-            WriteFailure::OutcomeUnknown => Self::OutcomeUnknown,
-            WriteFailure::Overloaded => Self::Overloaded,
-            WriteFailure::Broken(cause) => Self::bug(&cause),
-        }
-    }
-
-    fn refusal(refusal: Refusal, mailbox: Option<MailboxId>) -> Self {
-        match refusal {
-            Refusal::RoleMismatch { current } => Self::RoleMismatch { current },
-            Refusal::NotAnAdmin { current } => Self::NotAnAdmin { current },
-            Refusal::NotTheCreator { creator } => Self::NotTheCreator { creator },
-            Refusal::MailboxNotFound => match mailbox {
-                Some(mailbox) => Self::MailboxNotFound { mailbox },
-                None => Self::bug(&"a mailbox was not found that no call named"),
-            },
-            Refusal::MailboxExists { creator } => Self::MailboxExists { creator },
-            Refusal::RequestIdReused => Self::RequestIdReused,
-            Refusal::Rejected { cause } => {
-                tracing::warn!(%cause, "the store's own table refused a write");
-                Self::StoreRejected
-            }
-        }
-    }
-
     fn wire(self) -> Wire {
         let wire = |code, reason, message: String| Wire {
             code,
@@ -230,6 +109,32 @@ impl Fault {
                     format!("Revision {requested} is not known to the store: its newest is {head}."),
                 )
             },
+            Self::NoCredentials => wire(
+                Code::Unauthenticated,
+                "NO_CREDENTIALS",
+                "This server answers known callers only: send a bearer token as authorization metadata.".into(),
+            ),
+            Self::BadCredentials => wire(
+                Code::Unauthenticated,
+                "BAD_CREDENTIALS",
+                "The authorization metadata is no bearer token of a caller that this server knows.".into(),
+            ),
+            Self::ScopeMissing { scope } => Wire {
+                metadata: vec![("scope", scope.clone())],
+                ..wire(
+                    Code::PermissionDenied,
+                    "SCOPE_MISSING",
+                    format!("The caller lacks the scope {scope}. Nothing was changed."),
+                )
+            },
+            Self::RateLimited { after } => retry(
+                after,
+                wire(
+                    Code::ResourceExhausted,
+                    "RATE_LIMITED",
+                    "The caller makes more calls a second than it may. Nothing was changed.".into(),
+                ),
+            ),
             Self::StoreRejected => wire(
                 Code::FailedPrecondition,
                 "STORE_REJECTED",
@@ -240,7 +145,7 @@ impl Fault {
                 wire(
                     Code::Aborted,
                     "USER_BUSY",
-                    "Somebody's transaction held the user's row for 2 s. Nothing was changed.".into(),
+                    "Somebody's transaction held the user's row, or everybody's turn to commit, for 2 s. This call changed nothing.".into(),
                 ),
             ),
             Self::RevisionCompacted { requested, oldest, head, store_id } => Wire {
@@ -261,7 +166,7 @@ impl Fault {
             },
             Self::Overloaded => retry(
                 soon,
-                wire(Code::ResourceExhausted, "OVERLOADED", "Too many calls wait here. Nothing was changed.".into()),
+                wire(Code::ResourceExhausted, "OVERLOADED", "Too many calls wait here. This call changed nothing.".into()),
             ),
             Self::TooManyWatches => retry(
                 later,
@@ -284,7 +189,7 @@ impl Fault {
             ),
             Self::StoreUnreachable => retry(
                 later,
-                wire(Code::Unavailable, "STORE_UNREACHABLE", "The store does not answer. Nothing was changed.".into()),
+                wire(Code::Unavailable, "STORE_UNREACHABLE", "The store does not answer. This call changed nothing.".into()),
             ),
             Self::OutcomeUnknown => wire(
                 Code::Unknown,
@@ -316,11 +221,6 @@ impl Fault {
             },
         }
     }
-}
-
-/// An adopted table may hold a role of any length; a status travels in headers, which may not have any.
-fn short(role: &RoleName) -> String {
-    role.as_str().chars().take(64).collect()
 }
 
 impl From<Fault> for Status {

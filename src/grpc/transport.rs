@@ -1,23 +1,33 @@
-//! Connections: accepted, served over HTTP/2, drained.
+//! Connections: accepted, served over HTTP/2, with or without TLS, drained.
 //!
 //! The loop is our own because tonic's leaves the limits below off and cannot set the last one: a client that opens
 //! streams and does not read would have it buffer 400 KiB for each.
 
-use std::{convert::Infallible, io, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible, future::pending, io, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration,
+};
 
+use futures::FutureExt;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::CertificateDer;
 use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{sleep, timeout},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::{Instant, sleep, sleep_until, timeout},
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::edge::Edge;
-
-/// Streams of one connection at once.
-const STREAMS: u32 = 1_024;
+use super::{
+    Limits,
+    edge::Edge,
+    fault::Fault,
+    peer::Peer,
+    stream::Begun,
+    tls::{self, Tls},
+};
 
 /// Streams of one connection that may have been reset for a client's fault (RUSTSEC-2024-0003).
 const LOCAL_RESETS: usize = 1_024;
@@ -25,17 +35,15 @@ const LOCAL_RESETS: usize = 1_024;
 /// Bytes that wait in memory for one client that does not read.
 const SEND_BUFFER: usize = 64 * 1024;
 
-const HEADER_BYTES: u32 = 16 * 1024;
-
-/// A client that is gone without a word is noticed after both.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// How long a client has to answer a keepalive ping.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connections at once; further ones wait to be accepted.
-const CONNECTIONS: usize = 16_384;
+/// With how many bytes HTTP/2 begins.
+const PREFACE_BYTES: usize = 24;
 
-/// How long a new connection may take to begin HTTP/2.
-const PREFACE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a client may go on whose certificate the client CA has not signed any more, or whose credential is gone: calls
+/// in flight finish.
+const DISTRUSTED_LIMIT: Duration = Duration::from_secs(3);
 
 /// Before the next accept where the process is out of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -49,19 +57,35 @@ pub(super) struct Ends {
     pub(super) hard: CancellationToken,
 }
 
+/// What a connection is served with.
+#[derive(Clone)]
+pub(super) struct Wire {
+    pub(super) edge: Edge,
+    pub(super) limits: Arc<Limits>,
+    /// The newest; None where there is no TLS.
+    pub(super) tls: Option<watch::Receiver<Arc<Tls>>>,
+    /// Tells whenever callers may have been revoked.
+    pub(super) replaced: watch::Receiver<()>,
+    pub(super) ends: Ends,
+}
+
 /// Accepts connections until they are to end.
-pub(super) async fn serve(listener: TcpListener, edge: Edge, connections: TaskTracker, ends: Ends) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+pub(super) async fn serve(listener: TcpListener, wire: Wire, connections: TaskTracker) {
+    let places = Arc::new(Semaphore::new(wire.limits.connections));
     loop {
         let accepted = tokio::select! {
-            () = ends.gently.cancelled() => break,
+            () = wire.ends.gently.cancelled() => break,
             accepted = accept(&listener, &places) => accepted,
         };
         match accepted {
-            Ok((stream, place)) => {
-                let (edge, ends) = (edge.clone(), ends.clone());
+            Ok((stream, address, place)) => {
+                let wire = wire.clone();
                 connections.spawn(async move {
-                    connection(stream, edge, ends).await;
+                    let served = AssertUnwindSafe(connection(stream, address, wire)).catch_unwind().await;
+                    if let Err(panic) = served {
+                        // Nobody is left to be told the incident; the log is.
+                        drop(Fault::panic(&*panic));
+                    }
                     drop(place);
                 });
             }
@@ -74,56 +98,155 @@ pub(super) async fn serve(listener: TcpListener, edge: Edge, connections: TaskTr
     connections.close();
 }
 
-async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
     let Ok(place) = places.clone().acquire_owned().await else { unreachable!("the semaphore is never closed") };
-    let (stream, _) = listener.accept().await?;
-    Ok((stream, place))
+    let (stream, address) = listener.accept().await?;
+    Ok((stream, address, place))
 }
 
-/// Waits for the first bytes of HTTP/2. Whoever says nothing would keep its connection for ever: hyper asks whether a
-/// client is still there only once that has begun.
-async fn has_begun(stream: &TcpStream) -> bool {
-    matches!(timeout(PREFACE_LIMIT, stream.peek(&mut [0])).await, Ok(Ok(1)))
-}
-
-async fn connection(stream: TcpStream, edge: Edge, ends: Ends) {
+async fn connection(stream: TcpStream, address: SocketAddr, wire: Wire) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
-    let has_begun = tokio::select! {
-        has_begun = has_begun(&stream) => has_begun,
-        () = ends.gently.cancelled() => false,
-    };
-    if !has_begun {
-        return;
+    match wire.tls.clone() {
+        None => {
+            let begun = begin(&wire, preface(stream)).await;
+            if let Some(stream) = begun {
+                http2(stream, Peer::new(address, Vec::new()), &wire, pending()).await;
+            }
+        }
+        Some(mut newest) => {
+            let tls = newest.borrow_and_update().clone();
+            let acceptor = TlsAcceptor::from(tls.config.clone());
+            let shaken = async {
+                let stream = acceptor.accept(stream).await?;
+                let chain: Vec<CertificateDer<'static>> = stream
+                    .get_ref()
+                    .1
+                    .peer_certificates()
+                    .unwrap_or_default()
+                    .iter()
+                    .map(|it| it.clone().into_owned())
+                    .collect();
+                Ok((chain, preface(stream).await?))
+            };
+            if let Some((chain, stream)) = begin(&wire, shaken).await {
+                let names = chain.first().map(tls::names).unwrap_or_default();
+                http2(stream, Peer::new(address, names), &wire, distrusted(newest, chain)).await;
+            }
+        }
     }
+}
+
+/// A handshake, in time.
+async fn begin<T>(wire: &Wire, handshake: impl Future<Output = io::Result<T>>) -> Option<T> {
+    let begun = tokio::select! {
+        begun = timeout(wire.limits.handshake, handshake) => begun,
+        () = wire.ends.gently.cancelled() => return None,
+    };
+    match begun {
+        Ok(Ok(begun)) => return Some(begun),
+        Ok(Err(error)) => tracing::debug!(%error, "a connection did not come about"),
+        Err(_) => tracing::debug!("a connection did not come about in time"),
+    }
+    None
+}
+
+/// Takes the first bytes of HTTP/2 from a new connection, all of them: whoever says less would keep it for ever, for hyper
+/// asks whether a client is still there only once that has begun.
+async fn preface<S: AsyncRead + Unpin>(mut stream: S) -> io::Result<Begun<S>> {
+    let mut preface = vec![0; PREFACE_BYTES];
+    stream.read_exact(&mut preface).await?;
+    Ok(Begun::new(preface, stream))
+}
+
+/// Resolves once the client CA in use is none of this chain's.
+async fn distrusted(mut newest: watch::Receiver<Arc<Tls>>, chain: Vec<CertificateDer<'static>>) {
+    while newest.changed().await.is_ok() {
+        if !newest.borrow_and_update().accepts(&chain) {
+            return;
+        }
+    }
+    pending().await
+}
+
+async fn http2<S>(stream: S, peer: Peer, wire: &Wire, distrusted: impl Future<Output = ()>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let Wire { edge, limits, ends, .. } = wire;
+    let peer = Arc::new(peer);
+    let served = peer.clone();
     let service = service_fn(move |request: hyper::Request<Incoming>| {
-        let edge = edge.clone();
-        async move { Ok::<_, Infallible>(edge.call(request).await) }
+        let (edge, peer) = (edge.clone(), served.clone());
+        async move { Ok::<_, Infallible>(edge.call(request, &peer).await) }
     });
     let mut http2 = http2::Builder::new(TokioExecutor::new());
     http2
         .timer(TokioTimer::new())
-        .max_concurrent_streams(STREAMS)
+        .max_concurrent_streams(limits.streams)
         .max_local_error_reset_streams(LOCAL_RESETS)
         .max_send_buf_size(SEND_BUFFER)
-        .max_header_list_size(HEADER_BYTES)
-        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .max_header_list_size(limits.header_bytes)
+        .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     let connection = http2.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
-    let ended = tokio::select! {
-        ended = &mut connection => ended,
+    let (ended, limit) = tokio::select! {
+        ended = &mut connection => (Some(ended), None),
         () = ends.hard.cancelled() => return,
-        () = ends.gently.cancelled() => {
+        () = ends.gently.cancelled() => (None, None),
+        () = idle(&peer, limits) => (None, Some(KEEPALIVE_TIMEOUT)),
+        () = revoked(&peer, wire.replaced.clone()) => return,
+        () = distrusted => (None, Some(DISTRUSTED_LIMIT)),
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
             connection.as_mut().graceful_shutdown();
             tokio::select! {
                 ended = connection => ended,
                 () = ends.hard.cancelled() => return,
+                () = after(limit) => return,
             }
         }
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection broke");
+    }
+}
+
+/// Resolves once nothing has gone over the connection for too long, or its client has not read an answer for too long.
+async fn idle(peer: &Peer, limits: &Limits) {
+    loop {
+        let since = peer.idle_since().unwrap_or_else(Instant::now);
+        if since.elapsed() >= limits.idle || peer.leaves_unread(limits.deadline) {
+            return;
+        }
+        sleep_until((since + limits.idle).min(Instant::now() + limits.deadline)).await;
+    }
+}
+
+/// Resolves once a caller whose credential is gone still has something open here: a stream that its client does not read
+/// cannot end by itself.
+async fn revoked(peer: &Peer, mut replaced: watch::Receiver<()>) {
+    while replaced.changed().await.is_ok() {
+        if peer.is_revoked() {
+            sleep(DISTRUSTED_LIMIT).await;
+            if peer.is_revoked() {
+                return;
+            }
+        }
+    }
+    pending().await
+}
+
+async fn after(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => sleep(limit).await,
+        None => pending().await,
     }
 }

@@ -4,7 +4,9 @@
 //! not polled, and costs its place in the log and what it has not taken yet.
 
 use std::{
+    any::Any,
     collections::HashSet,
+    panic::AssertUnwindSafe,
     pin::Pin,
     sync::{
         Arc,
@@ -14,12 +16,17 @@ use std::{
 };
 
 use async_stream::try_stream;
-use futures::Stream;
-use tokio::time::{Instant, sleep_until};
+use futures::{Stream, StreamExt};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, sleep_until},
+};
 use tonic::Status;
 
-use super::{Core, convert, snapshot::SnapshotReader, status::Fault, token::Resume};
+use super::{Core, convert, fault::Fault, snapshot::SnapshotReader, token::Resume};
 use crate::{
+    access::Caller,
+    failpoint,
     feed::CursorError,
     proto::v1::{self, watch_role_changes_response::Event},
     role::{Anchor, Change, ChangeKind, Commit, RoleName, UserId, UserRow},
@@ -32,6 +39,9 @@ pub(super) type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchRoleChan
 /// Changes in one message, and about how many bytes of text: clients take 4 MiB by default.
 const MESSAGE_CHANGES: usize = 1_000;
 const MESSAGE_BYTES: usize = 1 << 20;
+
+/// Roles in the filter of a watch, which holds them as long as it is open.
+const FILTER_ROLES: usize = 1_000;
 
 /// Counts the open watches.
 pub(super) struct Watches {
@@ -46,7 +56,7 @@ struct Open(Arc<AtomicUsize>);
 struct Filter {
     users: HashSet<UserId>,
     roles: HashSet<Box<str>>,
-    kinds: Vec<ChangeKind>,
+    kinds: HashSet<ChangeKind>,
 }
 
 /// Where a watch starts.
@@ -62,24 +72,35 @@ enum Start {
 /// Opens a watch. Everything that can be refused is refused here, before the first message.
 pub(super) async fn open(
     core: Arc<Core>,
+    caller: Arc<Caller>,
     request: v1::WatchRoleChangesRequest,
     deadline: Option<Instant>,
 ) -> Result<WatchStream, Fault> {
     let users = convert::user_ids("user_ids", &request.user_ids)?.into_iter().collect();
+    if request.roles.len() > FILTER_ROLES {
+        return Err(Fault::field("roles", format!("a watch has at most {FILTER_ROLES} of them")));
+    }
     let compare = |(index, role)| convert::role_to_compare(&format!("roles[{index}]"), role);
     let roles = request.roles.into_iter().enumerate().map(compare).collect::<Result<_, _>>()?;
     let kinds = convert::change_kinds("kinds", &request.kinds)?;
     let filter = Filter { users, roles, kinds };
     let interval = convert::heartbeat_interval(request.heartbeat_interval)?;
+    let place = caller.begin_watch().ok_or(Fault::TooManyWatches)?;
     let open = core.watches.enter()?;
     let start = start(&core, &request.after, request.initial_snapshot).await?;
-    let watch = Watch { core, filter, interval, deadline, _open: open };
-    Ok(Box::pin(watch.run(start)))
+    let watch = Watch { core, caller, filter, interval, deadline, _open: open, _place: place };
+    Ok(caught(watch.run(start)))
+}
+
+/// A panic ends one watch and is told to its client, instead of breaking the connection and all that goes over it.
+fn caught(stream: impl Stream<Item = Result<v1::WatchRoleChangesResponse, Status>> + Send + 'static) -> WatchStream {
+    let told = |item: Result<_, Box<dyn Any + Send>>| item.unwrap_or_else(|left| Err(Fault::panic(&*left).into()));
+    Box::pin(AssertUnwindSafe(stream).catch_unwind().map(told))
 }
 
 async fn start(core: &Core, after: &str, initial_snapshot: bool) -> Result<Start, Fault> {
     // Of before the look into the store: should its history change in between, the cursor ends.
-    let place = core.step.place();
+    let place = core.step.settled().await;
     if after.is_empty() {
         return Ok(if initial_snapshot { Start::Snapshot } else { Start::Now(place.applied, place.history) });
     }
@@ -102,11 +123,15 @@ async fn start(core: &Core, after: &str, initial_snapshot: bool) -> Result<Start
 
 struct Watch {
     core: Arc<Core>,
+    /// Who may lose the right to it while it is open.
+    caller: Arc<Caller>,
     filter: Filter,
     interval: Duration,
     /// When the client stops listening.
     deadline: Option<Instant>,
     _open: Open,
+    /// Among its caller's own.
+    _place: OwnedSemaphorePermit,
 }
 
 impl Watch {
@@ -116,6 +141,11 @@ impl Watch {
             let mut cursor = match start {
                 Start::Resumed(anchor, history) => {
                     yield self.started(anchor, true);
+                    #[cfg(feature = "failpoints")]
+                    let anchor = match failpoint::is_on!("bug::resume_off_by_one") {
+                        true => self.one_further(anchor).await,
+                        false => anchor,
+                    };
                     self.core.feed.after(anchor, history)
                 }
                 Start::Now(anchor, history) => {
@@ -123,7 +153,7 @@ impl Watch {
                     self.core.feed.after(anchor, history)
                 }
                 Start::Snapshot => {
-                    let history = self.core.step.place().history;
+                    let history = self.unless_over(self.core.step.settled()).await?.history;
                     let mut snapshot = SnapshotReader::start(self.core.clone());
                     let anchor = self.unless_over(snapshot.anchor()).await??;
                     yield self.started(anchor, false);
@@ -148,6 +178,7 @@ impl Watch {
                 let happened = tokio::select! {
                     biased;
                     () = self.core.shutdown.cancelled() => Happened::Shutdown,
+                    () = self.caller.revoked() => Happened::Revoked,
                     () = self.deadline() => Happened::Deadline,
                     () = sleep_until(next_heartbeat), if !inside => Happened::Heartbeat,
                     changed = feed.wait_for(|feed| *feed != told), if !inside => {
@@ -159,7 +190,13 @@ impl Watch {
                     Happened::Heartbeat => {
                         told = self.core.step.feed();
                         next_heartbeat = Instant::now() + self.interval;
-                        yield response(Event::Heartbeat(convert::heartbeat(cursor.seen(), told, store_id)));
+                        let seen = cursor.seen();
+                        #[cfg(feature = "failpoints")]
+                        let seen = match failpoint::is_on!("bug::heartbeat_ahead") {
+                            true => self.core.step.place().applied,
+                            false => seen,
+                        };
+                        yield response(Event::Heartbeat(convert::heartbeat(seen, told, store_id)));
                     }
                     Happened::Commit(commit) => {
                         let commit = commit.map_err(|error| {
@@ -170,6 +207,7 @@ impl Watch {
                         let mut from = 0;
                         while let Some(message) = self.message(&commit, &mut from, ends, inside) {
                             inside = message.partial;
+                            failpoint::kill!("watch::message");
                             yield response(Event::Commit(message));
                         }
                     }
@@ -180,10 +218,18 @@ impl Watch {
                         }
                         Err(Fault::ShuttingDown)?;
                     }
+                    Happened::Revoked => Err(Fault::BadCredentials)?,
                     Happened::Deadline => Err(Fault::Deadline)?,
                 }
             }
         }
+    }
+
+    /// A bug for tests: past the first commit that the client has not seen.
+    #[cfg(feature = "failpoints")]
+    async fn one_further(&self, anchor: Anchor) -> Anchor {
+        let page = self.core.store.read_log(&anchor.into(), 1).await;
+        page.ok().and_then(|page| Some(page.commits.first()?.anchor())).unwrap_or(anchor)
     }
 
     async fn deadline(&self) {
@@ -208,6 +254,7 @@ impl Watch {
     async fn unless_over<T>(&self, step: impl Future<Output = T>) -> Result<T, Fault> {
         tokio::select! {
             () = self.core.shutdown.cancelled() => Err(Fault::ShuttingDown),
+            () = self.caller.revoked() => Err(Fault::BadCredentials),
             () = self.deadline() => Err(Fault::Deadline),
             done = step => Ok(done),
         }
@@ -275,6 +322,7 @@ enum Happened {
     Heartbeat,
     Commit(Result<Arc<Commit>, CursorError>),
     Shutdown,
+    Revoked,
     Deadline,
 }
 
@@ -321,5 +369,24 @@ impl Watches {
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_ends_the_watch_with_a_status() {
+        let broken = try_stream! {
+            yield response(Event::Snapshot(v1::Snapshot { users: Vec::new(), last: true }));
+            panic!("a bug");
+        };
+        let items: Vec<Result<_, Status>> = caught(broken).collect().await;
+        assert_eq!(items.len(), 2);
+        assert!(items[0].is_ok());
+        assert_eq!(items[1].as_ref().unwrap_err().code(), Code::Internal);
     }
 }

@@ -9,8 +9,18 @@ use crate::role::{Change, MailboxId, Revision, RoleName, UserId};
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Call {
     pub actor: Arc<str>,
+    pub grant: Grant,
     pub request: Option<RequestId>,
     pub op: Op,
+}
+
+/// The roles that a caller may give and take. Compared under the lock of the row, so that nobody takes away a role that
+/// came between a look and the write.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Grant {
+    Any,
+    /// These, and the default role: it is the absence of rights, and so within every grant.
+    Only(Arc<[RoleName]>),
 }
 
 /// A caller's own key for one write, and a hash of what it asked for.
@@ -64,6 +74,9 @@ pub enum WriteError {
     /// Somebody's transaction holds what it needs. Nothing was changed; worth another try.
     #[error("somebody's transaction holds the row")]
     Busy,
+    /// An earlier attempt with the same request id has not ended, and may yet happen; worth another try.
+    #[error("an earlier attempt with the same request id has not ended")]
+    Underway,
     #[error("refused: {0:?}")]
     Refused(Refusal),
     /// It was never sent, or is known not to have happened.
@@ -79,6 +92,11 @@ pub enum WriteError {
 /// Why a write was refused. Nothing was changed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Refusal {
+    /// This role would come or go, and is outside of the caller's grant. Told even where nothing would change, and before
+    /// the role is compared with the expected one. A repeat of a request id is no matter of grants: it changes nothing.
+    NotGranted {
+        role: RoleName,
+    },
     RoleMismatch {
         current: RoleName,
     },
@@ -118,6 +136,18 @@ impl Call {
             Op::Transfer { mailbox, .. } => *mailbox,
             Op::Register { mailbox, .. } => Some(*mailbox),
             Op::Set { .. } | Op::Delete { .. } => None,
+        }
+    }
+}
+
+// === impl Grant ===
+
+impl Grant {
+    /// Whether `role` may be given and taken in a store with this default role.
+    pub fn covers(&self, role: &RoleName, default_role: &RoleName) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only(roles) => role == default_role || roles.contains(role),
         }
     }
 }

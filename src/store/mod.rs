@@ -16,7 +16,7 @@ use std::{
 use async_trait::async_trait;
 use uuid::Uuid;
 
-pub use self::call::{Call, Op, Refusal, RequestId, WriteError, Written};
+pub use self::call::{Call, Grant, Op, Refusal, RequestId, WriteError, Written};
 use crate::role::{Anchor, Change, Commit, MailboxId, Revision, RoleName, Tag, UserId, UserRow};
 
 /// Whatever went wrong inside a store: for the log, never for a client.

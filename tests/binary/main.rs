@@ -17,6 +17,10 @@ macro_rules! on_both {
 }
 
 mod commands;
+mod doors;
+mod drain;
+#[cfg(feature = "failpoints")]
+mod failpoints;
 mod life;
 mod process;
 mod refusals;

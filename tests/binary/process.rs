@@ -192,6 +192,14 @@ impl Lines {
         self.all().into_iter().find(|line| matches(line))
     }
 
+    /// Waits for so many lines that match.
+    #[cfg(feature = "failpoints")]
+    pub fn until_many(&self, count: usize, matches: impl Fn(&str) -> bool) {
+        let is_there = |lines: &[String]| lines.iter().filter(|line| matches(line)).count() >= count;
+        let is_there = self.wait(PATIENCE, |lines, ended| ended || is_there(lines));
+        assert!(is_there, "fewer than {count} such lines:\n{}", self.text());
+    }
+
     /// Waits for so many lines.
     #[track_caller]
     pub fn until_count(&self, count: usize) -> Vec<String> {

@@ -253,7 +253,12 @@ async fn broken_tokens(db: Db) {
     ] {
         assert_eq!(refusal(raw.send("ListRoleChanges", frame(&other)).await), invalid());
     }
-    for token in ["x", "-1", "+1", "1.0", " 1", "99999999999999999999", &resume[1..], &format!("{resume}A"), &users] {
+    // With the store and the tag that it should have, and a revision that no commit has.
+    let mut negative = URL_SAFE_NO_PAD.decode(&resume).unwrap();
+    negative[16..24].copy_from_slice(&(-1_i64).to_be_bytes());
+    let negative = &*URL_SAFE_NO_PAD.encode(negative);
+    let extended = &*format!("{resume}A");
+    for token in ["x", "-1", "+1", "1.0", " 1", "99999999999999999999", &resume[1..], extended, &users, negative] {
         let watch = WatchRoleChangesRequest { after: token.into(), initial_snapshot: true, ..Default::default() };
         assert_eq!(refusal(raw.send("WatchRoleChanges", frame(&watch)).await), invalid(), "{token}");
     }
@@ -382,6 +387,8 @@ async fn what_is_no_call_of_ours(db: Db) {
     }
     let answer = raw.send_to(&path, &[("grpc-encoding", "zstd")], body.clone()).await;
     assert_eq!(answer.status.unwrap().code(), Code::Unimplemented, "a compression that nobody knows");
+    let answer = raw.send_to(&path, &[("x-long", &"x".repeat(20_000))], body.clone()).await;
+    assert_eq!(answer.http, 431, "more headers than anybody needs");
     // Headers that are none are passed over, an answer comes all the same.
     for header in [("grpc-timeout", "soon"), ("grpc-timeout", "-1S"), ("x-\u{75}ser-bin", "%%%")] {
         let answer = raw.send_to(&format!("/{SERVICE}/GetRole"), &[header], frame(&get(1))).await;
@@ -414,6 +421,17 @@ async fn what_is_no_http2(db: Db) {
         stream.shutdown().await.unwrap();
         let mut said = Vec::new();
         // The server closes, with or without a word; a reset is an answer too.
+        let _ = timeout(PATIENCE, stream.read_to_end(&mut said)).await.expect("the server closes the connection");
+    }
+    // Who begins, and then says no more, is not kept for ever.
+    let mut silent = Vec::new();
+    for said in [&[][..], &preface[..1], &preface[..23]] {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        silent.push(stream);
+    }
+    for mut stream in silent {
+        let mut said = Vec::new();
         let _ = timeout(PATIENCE, stream.read_to_end(&mut said)).await.expect("the server closes the connection");
     }
     unharmed(&db, &before);

@@ -51,6 +51,7 @@ on_both! {
     a_server_that_shuts_down,
     a_broken_invariant,
     a_panic,
+    a_panic_in_a_task_of_a_watch,
 }
 
 /// What an error must say.
@@ -286,6 +287,11 @@ async fn a_role_that_is_not_the_expected_one(db: Db) {
     mismatch.with(&[("current_role", "moderator")]).is(&refused(&server, expecting(1, "")).await);
     mismatch.with(&[("current_role", "user")]).is(&refused(&server, expecting(2, "moderator")).await);
     assert_eq!((&*server.get(1).await.role, &*server.get(2).await.role), ("moderator", "user"));
+    // What strangers wrote fits into no header; its beginning does.
+    db.put(&[(3, &"é".repeat(20_000))]);
+    let status = refused(&server, expecting(3, "moderator")).await;
+    let (code, told, metadata) = reason(&status);
+    assert_eq!((code, &*told, &*metadata["current_role"]), (mismatch.code, mismatch.reason, &*"é".repeat(64)));
 }
 
 async fn only_an_admin_hands_over(db: Db) {
@@ -455,10 +461,24 @@ async fn a_row_that_somebody_holds() {
     server.set(1, "admin").await;
 }
 
+/// SQLite has one lock for the whole file: whoever writes holds every row.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_somebody_holds() {
+    let db = Db::sqlite();
+    let server = db.serve().await;
+    server.set(1, "user").await;
+    let mut session = Session::of_file(&db.file());
+    session.run("begin immediate;");
+    expected(Code::Aborted, "USER_BUSY").wait().is(&refused(&server, set(1, "admin")).await);
+    assert_eq!(server.get(1).await.role, "user");
+    session.run("rollback;");
+    server.set(1, "admin").await;
+}
+
 async fn calls_over_the_limit(db: Db) {
     let gates = Gates::default();
     let mut setup = Setup::new(&db).wrap(gates.guard());
-    setup.limits = grpc::Limits { calls: 1, watches: 10 };
+    setup.limits = grpc::Limits { calls: 1, watches: 10, ..setup.limits };
     let server = setup.serve().await;
     gates.roles.close();
     let held = tokio::spawn({
@@ -496,7 +516,7 @@ async fn reads_of_the_store_over_the_limit(db: Db) {
 
 async fn watches_over_the_limit(db: Db) {
     let mut setup = Setup::new(&db);
-    setup.limits = grpc::Limits { calls: 10, watches: 1 };
+    setup.limits = grpc::Limits { calls: 10, watches: 1, ..setup.limits };
     let server = setup.serve().await;
     let first = server.watch(WatchRoleChangesRequest::default()).await;
     let full = expected(Code::ResourceExhausted, "TOO_MANY_WATCHES").wait();
@@ -690,6 +710,19 @@ async fn a_panic(db: Db) {
     gates.mailbox_panics.store(false, std::sync::atomic::Ordering::SeqCst);
     let status = server.client.clone().get_mailbox(request).await.unwrap_err();
     expected(Code::NotFound, "MAILBOX_NOT_FOUND").with(&[("mailbox_id", "7")]).is(&status);
+}
+
+/// The task that reads a snapshot for a watch: its client is told, and the connection stays.
+async fn a_panic_in_a_task_of_a_watch(db: Db) {
+    logs::capture();
+    let gates = Gates::default();
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    gates.snapshot_panics.store(true, std::sync::atomic::Ordering::SeqCst);
+    let request = WatchRoleChangesRequest { initial_snapshot: true, ..Default::default() };
+    let mut watch = server.client.clone().watch_role_changes(request.clone()).await.unwrap().into_inner();
+    bug(&watch.message().await.unwrap_err(), "nobody may take");
+    gates.snapshot_panics.store(false, std::sync::atomic::Ordering::SeqCst);
+    server.watch(request).await.snapshot().await;
 }
 
 /// An incident: in the message, in the metadata, and in the log with its cause, which nobody else is told.

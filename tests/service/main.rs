@@ -19,15 +19,20 @@ macro_rules! on_both {
     };
 }
 
+mod abuse;
 mod bad_input;
 mod capacity;
 mod complete;
 mod crowd;
+mod doors;
 mod errors;
+mod fuzz;
+mod limits;
 mod ordering;
 mod plain_sql;
 mod races;
 mod reads;
+mod reload;
 mod resume;
 mod scenarios;
 mod shutdown;

@@ -1,10 +1,12 @@
 //! What strangers change with the database's own shell reaches the cache and the watchers.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rolecache::proto::v1::Origin;
 
 use crate::support::{
+    calls::until,
+    logs,
     postgres::try_psql,
     server::{Db, Setup, TestServer},
     watch::{Watching, reliable},
@@ -95,10 +97,15 @@ const USERS: [i64; 9] = [1, 2, 3, 4, 5, 50, 60, 61, 99];
 
 on_both! {
     every_way_to_write_reaches_the_cache_and_the_watchers,
+    it_is_noticed_however_seldom_the_log_is_polled,
+    a_trigger_that_is_gone_is_said_aloud,
 }
 
-/// Takes what a step is heard as.
-async fn hear(watch: &mut Watching, step: &Step, in_one: bool, actor: &str) {
+/// From the end of a stranger's shell to a watch, in the middle: what else runs here may hold up one.
+const IN_TIME: Duration = Duration::from_secs(1);
+
+/// Takes what a step is heard as; how long that took.
+async fn hear(watch: &mut Watching, step: &Step, in_one: bool, actor: &str) -> Duration {
     let begun = Instant::now();
     let mut told = Vec::new();
     while told.len() < step.heard.len() {
@@ -119,6 +126,7 @@ async fn hear(watch: &mut Watching, step: &Step, in_one: bool, actor: &str) {
         assert_eq!((change.origin(), &*change.actor), (Origin::Sql, actor));
         watch.cache_first(change, "user").await;
     }
+    arrived
 }
 
 async fn check_cache(server: &TestServer, db: &Db, what: &str) {
@@ -139,13 +147,16 @@ async fn every_way_to_write_reaches_the_cache_and_the_watchers(db: Db) {
         }
         let mut watch = server.watch(Default::default()).await;
         let (more, actor) = if db.is_postgres() { (POSTGRES, "postgres") } else { (SQLITE, "sqlite") };
+        let mut arrived = Vec::new();
         for step in COMMON.iter().chain(more) {
             db.shell().go(step.sql).await;
-            hear(&mut watch, step, db.is_postgres(), actor).await;
+            arrived.push(hear(&mut watch, step, db.is_postgres(), actor).await);
             check_cache(&server, &db, step.what).await;
         }
         watch.check();
         reliable(&watch.transcript, &server.log().await, 0);
+        arrived.sort();
+        assert!(arrived[arrived.len() / 2] < IN_TIME, "{arrived:?}");
     }
 }
 
@@ -158,4 +169,27 @@ async fn a_truncate_under_repeatable_read_is_refused_and_changes_nothing() {
     assert!(error.contains("READ COMMITTED"), "{error}");
     assert_eq!(server.get(1).await.role, "admin");
     assert_eq!(server.log().await.len(), 1);
+}
+
+async fn it_is_noticed_however_seldom_the_log_is_polled(db: Db) {
+    let server = Setup { poll_interval: Duration::from_secs(3_600), ..Setup::new(&db) }.serve().await;
+    let mut watch = server.watch(Default::default()).await;
+    for (user, role) in [(1, "admin"), (2, "moderator"), (3, "owner")] {
+        db.sql(&format!("insert into users (user_id, role) values ({user}, '{role}')"));
+        assert_eq!(watch.next_commit().await.changes[0].new_role, role);
+        assert_eq!(server.get(user).await.role, role);
+    }
+}
+
+async fn a_trigger_that_is_gone_is_said_aloud(db: Db) {
+    logs::capture();
+    let _server = db.serve().await;
+    let (gone, said) = if db.is_postgres() {
+        ("alter table users disable trigger _rolecache_delete", "the trigger _rolecache_delete of ")
+    } else {
+        ("drop trigger rolecache_after_delete", "the trigger rolecache_after_delete on users is missing")
+    };
+    db.sql(gone);
+    until("it is in the log", || !logs::lines_with(&format!("changes are not logged any more: {said}")).is_empty())
+        .await;
 }

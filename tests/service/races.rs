@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use rolecache::proto::v1::{BatchGetRolesRequest, GetRoleRequest, SetRoleRequest, Source, WatchRoleChangesRequest};
+use rolecache::proto::v1::{
+    BatchGetRolesRequest, GetRoleRequest, ListRoleChangesRequest, ListUsersRequest, SetRoleRequest, Source,
+    WatchRoleChangesRequest,
+};
 use tonic::Code;
 
 use crate::support::{
@@ -24,6 +27,8 @@ on_both! {
     a_write_with_nothing_to_do_is_as_new_as_a_change_that_it_saw,
     two_writers_on_one_user_both_happen_in_order,
     a_write_whose_client_is_gone_still_completes,
+    who_lists_and_then_reads_gets_no_older_role,
+    a_batch_of_hits_and_misses_is_no_newer_than_its_hits,
 }
 
 async fn gated(db: &Db, setup: impl FnOnce(Setup) -> Setup) -> (TestServer, Gates) {
@@ -243,6 +248,48 @@ async fn a_write_whose_client_is_gone_still_completes(db: Db) {
     assert_eq!(server.get(7).await.role, "admin");
     // And the writer is as well as before.
     server.set(8, "moderator").await;
+}
+
+async fn a_batch_of_hits_and_misses_is_no_newer_than_its_hits(db: Db) {
+    let (server, gates) = gated(&db, |setup| setup).await;
+    server.set(7, "admin").await;
+    gates.roles.close();
+    let batch = server.begin_batch(BatchGetRolesRequest { user_ids: vec![7, 8], ..Default::default() });
+    gates.roles.arrived().await;
+    let written = server.set(7, "moderator").await;
+    gates.roles.open();
+    let answer = batch.answer().await;
+    match roles_in_order(&answer)[0] {
+        "admin" => assert!(answer.revision < written.revision, "{answer:?}"),
+        role => assert_eq!(role, "moderator"),
+    }
+}
+
+async fn who_lists_and_then_reads_gets_no_older_role(db: Db) {
+    let (server, gates) = gated(&db, |setup| setup).await;
+    server.set(7, "admin").await;
+    hold_the_tailer(&gates).await;
+    db.put(&[(7, "moderator")]);
+    gates.listed.close();
+    let mut client = server.client.clone();
+    let users = InFlight::begin({
+        let mut client = client.clone();
+        async move { Ok(client.list_users(ListUsersRequest::default()).await?.into_inner().users) }
+    });
+    gates.listed.arrived().await;
+    let changes = InFlight::begin(async move {
+        Ok(client.list_role_changes(ListRoleChangesRequest::default()).await?.into_inner().changes)
+    });
+    gates.listed.arrived().await;
+    gates.listed.open();
+    for _ in 0..20 {
+        assert_eq!(server.get(7).await.role, "admin");
+    }
+    assert!(!users.is_finished() && !changes.is_finished(), "a list is ahead of the cache");
+    gates.read_log.open();
+    assert_eq!(users.answer().await[0].role, "moderator");
+    assert_eq!(changes.answer().await[1].new_role, "moderator");
+    assert_eq!(server.get(7).await.role, "moderator");
 }
 
 /// A server whose write of "admin" for user 7 is committed, and whose connections are gone before it hears of that.

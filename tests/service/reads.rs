@@ -1,12 +1,13 @@
 //! GetRole and BatchGetRoles: hits, misses, and what an answer is true as of.
 
 use rolecache::proto::v1::{BatchGetRolesRequest, GetRoleRequest, Source};
+use tokio::time::timeout;
 use tonic::Code;
 
 use crate::support::{
     calls::{refused, refused_for_now, roles_in_order},
     gates::Gates,
-    server::{Db, Setup},
+    server::{Db, PATIENCE, Setup},
 };
 
 on_both! {
@@ -226,4 +227,37 @@ async fn a_change_by_plain_sql_replaces_what_is_cached(db: Db) {
     server.reach(db.head()).await;
     let read = server.get(7).await;
     assert_eq!((&*read.role, read.source()), ("user", Source::Cache));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_answer_is_newer_than_its_role() {
+    let db = Db::postgres().await;
+    let server = db.serve().await;
+    // A commit that takes a while to be applied, and one that it comes to last.
+    let last = 10_000;
+    db.sql(&format!("insert into users (user_id, role) select n, 'user' from generate_series(1, {last}) n"));
+    server.reach(db.head()).await;
+    for role in ["admin", "moderator", "admin", "moderator"] {
+        let readers: Vec<_> = (0..4)
+            .map(|_| {
+                let mut client = server.client.clone();
+                tokio::spawn(async move {
+                    let mut answers = Vec::new();
+                    while answers.last().is_none_or(|(_, told)| told != role) {
+                        let request = GetRoleRequest { user_id: last, ..Default::default() };
+                        let answer = client.get_role(request).await.unwrap().into_inner();
+                        answers.push((answer.revision, answer.role));
+                    }
+                    answers
+                })
+            })
+            .collect();
+        db.shell().go(format!("update users set role = '{role}'")).await;
+        let head = db.head();
+        for reader in readers {
+            let answers = timeout(PATIENCE, reader).await.expect("the change should arrive").unwrap();
+            let older = answers.iter().find(|(revision, told)| *revision >= head && told != role);
+            assert_eq!(older, None, "the role of before, at the revision of now");
+        }
+    }
 }

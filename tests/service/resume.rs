@@ -1,12 +1,20 @@
 //! Going on from where a watch ended: by token, by revision, out of the ring, on another server, or not at all.
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use rolecache::proto::v1::{SetRoleRequest, WatchRoleChangesRequest, watch_role_changes_response::Event};
+use rolecache::proto::v1::{
+    GetRoleRequest, ListUsersRequest, SetRoleRequest, WatchRoleChangesRequest, watch_role_changes_response::Event,
+};
 use tonic::{Code, Status};
+use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
     support::{
+        calls,
+        gates::Gates,
         server::{Db, Setup, TestServer},
         watch::{Watching, changes, reason, reliable, resumable},
     },
@@ -23,7 +31,10 @@ on_both! {
     at_the_trim_boundary_only_what_lies_below_is_compacted,
     a_snapshot_comes_only_where_nothing_can_be_resumed,
     what_fell_out_of_the_ring_comes_from_the_store,
+    what_comes_from_the_store_is_not_ahead_of_the_cache,
+    a_page_of_a_history_that_is_not_followed_yet_is_not_passed_on,
     a_token_outlives_the_server,
+    nothing_of_a_history_that_is_gone_is_answered,
     a_rewritten_history_ends_every_watch,
     random_places_to_resume_from_all_work,
 }
@@ -110,7 +121,8 @@ async fn a_token_of_another_store_is_of_another_history(db: Db) {
     let server = db.serve().await;
     let other = if db.is_postgres() { Db::postgres().await } else { Db::sqlite() };
     let elsewhere = other.serve().await;
-    write(&server, 3).await;
+    let revisions = write(&server, 3).await;
+    let old = elsewhere.watch(Default::default()).await.started.resume_token;
     write(&elsewhere, 3).await;
     let token = elsewhere.watch(Default::default()).await.started.resume_token;
     let status = refused(&server, after(&token)).await;
@@ -119,6 +131,9 @@ async fn a_token_of_another_store_is_of_another_history(db: Db) {
     let mut watch = server.watch(WatchRoleChangesRequest { initial_snapshot: true, ..after(&token) }).await;
     assert!(!watch.started.resumed);
     watch.snapshot().await;
+    // Nor is it taken for one of ours that was trimmed.
+    trim(&db, *revisions.last().unwrap());
+    says_history_changed(&refused(&server, after(old)).await, &stats.store_id, stats.revision);
 }
 
 async fn a_token_with_another_tag_is_of_another_history(db: Db) {
@@ -262,6 +277,31 @@ async fn what_fell_out_of_the_ring_comes_from_the_store(db: Db) {
     }
 }
 
+async fn what_comes_from_the_store_is_not_ahead_of_the_cache(db: Db) {
+    let gates = Gates::default();
+    let server = Setup { ring_bytes: 1, ..Setup::new(&db) }.wrap(gates.guard()).serve().await;
+    let applied = *write(&server, 5).await.last().unwrap();
+    gates.read_log.close();
+    gates.read_log.arrived().await;
+    let mut watch = server.watch(after(0)).await;
+    gates.read_log.arrived().await;
+    // The tailer came first, finds nothing new, and comes back behind the watch.
+    gates.read_log.let_one_pass();
+    gates.read_log.arrived().await;
+    let ahead = db.put(&[(50, "moderator")]);
+    gates.read_log.let_one_pass();
+    // The page has it, and all that was applied before.
+    let next = tokio::spawn(async move { while watch.next_commit().await.revision < ahead {} });
+    for _ in 0..20 {
+        server.stats().await;
+    }
+    assert!(!next.is_finished(), "who hears of it and reads now gets the old role");
+    assert_eq!(server.stats().await.revision, applied);
+    gates.read_log.open();
+    next.await.unwrap();
+    assert_eq!(server.get(50).await.role, "moderator");
+}
+
 async fn a_token_outlives_the_server(db: Db) {
     let server = db.serve().await;
     let mut watch = server.watch(Default::default()).await;
@@ -311,8 +351,8 @@ fn rewrite(db: &Db, keep: i64) {
              set local session_replication_role = replica;
              alter table users disable trigger user;
              update users set role = 'user';
-             alter table users enable always trigger rolecache_insert, enable always trigger rolecache_update,
-               enable always trigger rolecache_delete, enable always trigger rolecache_truncate;
+             alter table users enable always trigger _rolecache_insert, enable always trigger _rolecache_update,
+               enable always trigger _rolecache_delete, enable always trigger _rolecache_truncate;
              delete from rolecache.changes where commit_id in (select id from rolecache.commits where revision > {keep});
              delete from rolecache.commits where revision > {keep};
              commit;
@@ -325,37 +365,97 @@ fn rewrite(db: &Db, keep: i64) {
     }
 }
 
+/// A copy of the database file, where it is one.
+fn back_up(db: &Db) -> Option<PathBuf> {
+    let Db::Sqlite { .. } = db else { return None };
+    let file = db.file().with_extension("backup");
+    db.sql(&format!(".backup '{}'", file.display()));
+    Some(file)
+}
+
+/// Puts the copy in the place of the file, and writes into it; or rewrites the log from `keep` on.
+fn restore(db: &Db, backup: Option<&Path>, keep: i64) {
+    let Some(backup) = backup else { return rewrite(db, keep) };
+    std::fs::remove_file(db.file()).unwrap();
+    for beside in ["-wal", "-shm"] {
+        let mut name = db.file().into_os_string();
+        name.push(beside);
+        let _ = std::fs::remove_file(name);
+    }
+    std::fs::copy(backup, db.file()).unwrap();
+    db.sql("insert into users (user_id, role) values (1, 'moderator') on conflict (user_id) do update set role = 'moderator'");
+    for user in 2..=7 {
+        db.sql(&format!("update users set role = 'moderator' where user_id = {user}"));
+    }
+}
+
+async fn a_page_of_a_history_that_is_not_followed_yet_is_not_passed_on(db: Db) {
+    let gates = Gates::default();
+    let server = Setup { ring_bytes: 1, ..Setup::new(&db) }.wrap(gates.guard()).serve().await;
+    let kept = *write(&server, 3).await.last().unwrap();
+    let backup = back_up(&db);
+    write(&server, 10).await;
+    gates.read_log.close();
+    gates.read_log.arrived().await;
+    let mut watch = server.watch(after(kept)).await;
+    gates.read_log.arrived().await;
+    // The tailer came first, finds nothing new, and comes back behind the watch.
+    gates.read_log.let_one_pass();
+    gates.read_log.arrived().await;
+    restore(&db, backup.as_deref(), kept);
+    gates.log_read.close();
+    gates.read_log.let_one_pass();
+    gates.log_read.arrived().await;
+    gates.log_read.open();
+    // Its page, up to what is applied here, is in the server's hands.
+    for _ in 0..20 {
+        server.stats().await;
+    }
+    gates.read_log.open();
+    let status = watch.until_end().await;
+    assert_eq!(reason(&status).1, "HISTORY_CHANGED");
+    assert_eq!(watch.changes(), [], "who hears of it and reads now gets the role of the other history");
+}
+
+async fn nothing_of_a_history_that_is_gone_is_answered(db: Db) {
+    let gates = Gates::default();
+    let server = Setup::new(&db).complete().wrap(gates.guard()).serve().await;
+    let revisions = write(&server, 10).await;
+    let backup = back_up(&db);
+    let gone = server.set(1, "admin").await;
+    gates.head.close();
+    restore(&db, backup.as_deref(), revisions[9]);
+    // It has found out, and asks where the new history is.
+    gates.head.arrived().await;
+    let mut client = server.client.clone();
+    let read = client.get_role(GetRoleRequest { user_id: 1, ..Default::default() });
+    tokio::pin!(read);
+    // Calls that are sent after it, over the same connection.
+    for _ in 0..5 {
+        tokio::select! {
+            biased;
+            answer = &mut read => panic!("it did not wait for the new history: {answer:?}"),
+            stats = server.stats() => assert!(stats.revision >= gone.revision, "nothing else is followed yet"),
+        }
+    }
+    // Whoever asks for health now is sent elsewhere.
+    server.until_health(ServingStatus::NotServing).await;
+    gates.head.open();
+    let answer = read.await.expect("it waits for the new history").into_inner();
+    assert_eq!(answer.role, "moderator");
+}
+
 async fn a_rewritten_history_ends_every_watch(db: Db) {
     let server = Setup::new(&db).complete().serve().await;
     let revisions = write(&server, 10).await;
-    let backup = if let Db::Sqlite { .. } = db {
-        let file = db.file().with_extension("backup");
-        db.sql(&format!(".backup '{}'", file.display()));
-        Some(file)
-    } else {
-        None
-    };
+    let backup = back_up(&db);
     let mut watch = server.watch(Default::default()).await;
     let lost = write(&server, 10).await;
     for _ in 0..10 {
         watch.next_commit().await;
     }
     let token = watch.resume_token();
-    if let Some(backup) = &backup {
-        std::fs::remove_file(db.file()).unwrap();
-        for beside in ["-wal", "-shm"] {
-            let mut name = db.file().into_os_string();
-            name.push(beside);
-            let _ = std::fs::remove_file(name);
-        }
-        std::fs::copy(backup, db.file()).unwrap();
-        db.sql("insert into users (user_id, role) values (1, 'moderator') on conflict (user_id) do update set role = 'moderator'");
-        for user in 2..=7 {
-            db.sql(&format!("update users set role = 'moderator' where user_id = {user}"));
-        }
-    } else {
-        rewrite(&db, revisions[9]);
-    }
+    restore(&db, backup.as_deref(), revisions[9]);
     let status = watch.until_end().await;
     let stats = server.stats().await;
     let (code, name, metadata) = reason(&status);
@@ -381,6 +481,37 @@ async fn a_rewritten_history_ends_every_watch(db: Db) {
         assert_eq!((&*read.role, read.stale), ("moderator", false));
     }
     again.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_into_a_history_that_is_not_followed_yet_is_not_confirmed() {
+    let db = Db::postgres().await;
+    let gates = Gates::default();
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    let revisions = write(&server, 20).await;
+    gates.read_log.close();
+    gates.read_log.arrived().await;
+    rewrite(&db, revisions[9]);
+    // Its revision is one that this replica has applied, of the history before.
+    gates.written.close();
+    let write = server.begin_set(1, "user");
+    gates.written.arrived().await;
+    gates.written.open();
+    gates.listed.close();
+    let mut client = server.client.clone();
+    let list =
+        calls::InFlight::begin(async move { Ok(client.list_users(ListUsersRequest::default()).await?.into_inner()) });
+    gates.listed.arrived().await;
+    gates.listed.open();
+    for _ in 0..20 {
+        server.stats().await;
+    }
+    assert!(!write.is_finished() && !list.is_finished(), "who reads now gets a role of the history before");
+    gates.read_log.open();
+    calls::refused(write.outcome().await, Code::Unknown, "OUTCOME_UNKNOWN");
+    calls::refused_for_now(list.outcome().await, Code::Unavailable, "STORE_UNREACHABLE");
+    server.reach(db.head()).await;
+    assert_eq!(server.get(1).await.role, "user");
 }
 
 /// A small generator, so that a failure can be had again from the seed that it printed.

@@ -16,31 +16,32 @@ use crate::{
 on_both! {
     a_hundred_thousand_expired_commits_shrink_to_ten_thousand_while_writers_run,
     request_ids_older_than_a_day_go,
+    what_has_gathered_goes_at_once,
 }
 
 const EXPIRED: i64 = 100_000;
 const KEPT: i64 = 10_000;
 
-/// Gives the log 100,000 commits of 40 days ago, one change each, and the table what they lead to. Before any server
+/// Gives the log so many commits of 40 days ago, one change each, and the table what they lead to. Before any server
 /// runs on it.
-fn age(db: &Db) {
+fn age(db: &Db, expired: i64) {
     db.sql(&if db.is_postgres() {
         format!(
             "begin;
              alter table users disable trigger user;
-             insert into users (user_id, role) select n, 'admin' from generate_series(1, {EXPIRED}) n;
-             alter table users enable always trigger rolecache_insert, enable always trigger rolecache_update,
-               enable always trigger rolecache_delete, enable always trigger rolecache_truncate;
+             insert into users (user_id, role) select n, 'admin' from generate_series(1, {expired}) n;
+             alter table users enable always trigger _rolecache_insert, enable always trigger _rolecache_update,
+               enable always trigger _rolecache_delete, enable always trigger _rolecache_truncate;
              insert into rolecache.commits (id, xid, revision, size, committed_at)
-             select n, '3', n, 1, clock_timestamp() - interval '40 days' from generate_series(1, {EXPIRED}) n;
-             insert into rolecache.changes (commit_id, user_id, new_role) select n, n, 'admin' from generate_series(1, {EXPIRED}) n;
-             select setval('rolecache.revision', {EXPIRED}), setval('rolecache.commits_id_seq', {EXPIRED});
+             select n, '3', n, 1, clock_timestamp() - interval '40 days' from generate_series(1, {expired}) n;
+             insert into rolecache.changes (commit_id, user_id, new_role) select n, n, 'admin' from generate_series(1, {expired}) n;
+             select setval('rolecache.revision', {expired}), setval('rolecache.commits_id_seq', {expired});
              commit;
              analyze"
         )
     } else {
         format!(
-            "with recursive n(id) as (select 1 union all select id + 1 from n where id < {EXPIRED})
+            "with recursive n(id) as (select 1 union all select id + 1 from n where id < {expired})
              insert into users (user_id, role) select id, 'admin' from n;
              update rolecache_commits set committed_at = committed_at - 40 * 86400000;"
         )
@@ -71,7 +72,7 @@ async fn set(server: &TestServer, user_id: i64, role: &str) -> i64 {
 
 async fn a_hundred_thousand_expired_commits_shrink_to_ten_thousand_while_writers_run(db: Db) {
     db.serve().await.stop().await.unwrap();
-    age(&db);
+    age(&db, EXPIRED);
     let mut random = Random::new("trim");
     let begun = Instant::now();
     // A year: nothing goes before the watches are open.
@@ -133,6 +134,19 @@ async fn a_hundred_thousand_expired_commits_shrink_to_ten_thousand_while_writers
         begun.elapsed()
     );
     assert!(compacted > 0);
+}
+
+async fn what_has_gathered_goes_at_once(db: Db) {
+    db.serve().await.stop().await.unwrap();
+    let expired = 15_000;
+    age(&db, expired);
+    // More than one batch, and no second look for an hour.
+    let _server = Setup { upkeep_interval: Duration::from_secs(3_600), ..Setup::new(&db) }.serve().await;
+    let begun = Instant::now();
+    while look(&db)[0] > KEPT {
+        assert!(begun.elapsed() < PATIENCE, "{:?} are left", look(&db));
+    }
+    assert_eq!(look(&db), [KEPT, expired - KEPT + 1, expired, expired - KEPT]);
 }
 
 async fn request_ids_older_than_a_day_go(db: Db) {

@@ -28,6 +28,8 @@ on_both! {
     a_snapshot_of_an_empty_store_is_empty_and_ends,
     a_write_between_snapshot_and_live_comes_after_the_snapshot,
     a_snapshot_waits_until_the_cache_has_it,
+    a_snapshot_says_what_it_is_as_of,
+    long_names_come_in_messages_that_clients_take,
     who_hears_of_a_change_and_reads_gets_it_or_a_newer_one,
 }
 
@@ -237,30 +239,32 @@ async fn a_quiet_watch_has_heartbeats_at_the_interval_asked_for(db: Db) {
 
 async fn a_busy_watch_has_heartbeats_too(db: Db) {
     let server = db.serve().await;
-    let mut watch = server.watch(every(OFTEN)).await;
-    let (mut client, stop) = (server.client.clone(), tokio_util::sync::CancellationToken::new());
-    let writing = tokio::spawn({
-        let stop = stop.clone();
-        async move {
-            for n in 1.. {
-                if stop.is_cancelled() {
-                    return n;
+    let mut watch = server.watch(every(5 * OFTEN)).await;
+    // Several at once: a pause of one must not be one of the stream.
+    let stop = tokio_util::sync::CancellationToken::new();
+    let writers: Vec<_> = (1..=8)
+        .map(|user_id| {
+            let (mut client, stop) = (server.client.clone(), stop.clone());
+            tokio::spawn(async move {
+                for role in ["admin", "user"].iter().cycle().take_while(|_| !stop.is_cancelled()) {
+                    let request = SetRoleRequest { user_id, role: (*role).into(), ..Default::default() };
+                    client.set_role(request).await.unwrap();
                 }
-                let role = if n % 2 == 0 { "user" } else { "admin" };
-                let request = SetRoleRequest { user_id: 1, role: role.into(), ..Default::default() };
-                client.set_role(request).await.unwrap();
-            }
-            unreachable!()
-        }
-    });
+            })
+        })
+        .collect();
     let mut heartbeats = Vec::new();
+    let begun = Instant::now();
     while heartbeats.len() < 6 {
+        assert!(begun.elapsed() < PATIENCE, "commits keep the heartbeats back: {heartbeats:?}");
         if let Event::Heartbeat(heartbeat) = watch.next().await {
             heartbeats.push(heartbeat.revision);
         }
     }
     stop.cancel();
-    writing.await.unwrap();
+    for writer in writers {
+        writer.await.unwrap();
+    }
     assert!(heartbeats.windows(2).any(|pair| pair[0] < pair[1]), "the stream was not busy: {heartbeats:?}");
     watch.check();
 }
@@ -382,11 +386,17 @@ async fn a_snapshot_waits_until_the_cache_has_it(db: Db) {
     gates.read_log.close();
     gates.read_log.arrived().await;
     db.sql("update users set role = 'moderator' where user_id = 1");
+    gates.snapshot_begun.close();
     let (client, request) = (server.client.clone(), snapshot());
     let opening = tokio::spawn(Watching::open(client, request));
+    gates.snapshot_begun.arrived().await;
+    gates.snapshot_begun.open();
     // The cache is behind the store, and answers with the old role: a snapshot must not tell the new one yet.
-    let read = server.get(1).await;
-    assert_eq!(read.role, "admin");
+    let mut read = server.get(1).await;
+    for _ in 0..20 {
+        read = server.get(1).await;
+        assert_eq!(read.role, "admin");
+    }
     assert!(!opening.is_finished());
     gates.read_log.open();
     let mut watch = timeout(PATIENCE, opening).await.unwrap().unwrap().unwrap();
@@ -394,6 +404,41 @@ async fn a_snapshot_waits_until_the_cache_has_it(db: Db) {
     assert_eq!(pairs(&users), [(1, "moderator".to_owned())]);
     assert!(watch.started.revision > read.revision);
     assert_eq!(server.get(1).await.role, "moderator");
+}
+
+async fn a_snapshot_says_what_it_is_as_of(db: Db) {
+    let gates = Gates::default();
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    let before = server.set(1, "admin").await.revision;
+    gates.snapshot_begun.close();
+    let opening = tokio::spawn(Watching::open(server.client.clone(), snapshot()));
+    gates.snapshot_begun.arrived().await;
+    let later = server.set(2, "admin").await.revision;
+    gates.snapshot_begun.open();
+    let mut watch = timeout(PATIENCE, opening).await.unwrap().unwrap().unwrap();
+    assert_eq!(watch.started.revision, before);
+    assert_eq!(pairs(&watch.snapshot().await), [(1, "admin".to_owned())]);
+    assert_eq!(watch.next_commit().await.revision, later);
+    watch.check();
+}
+
+async fn long_names_come_in_messages_that_clients_take(db: Db) {
+    // 5 MB in one chunk, where a client takes 4 MiB in one message.
+    let name = if db.is_postgres() { "repeat('x', 5000)" } else { "hex(zeroblob(2500))" };
+    let server = db.serve().await;
+    let last = db.sql(&format!(
+        "with recursive n(id) as (select 1 union all select id + 1 from n where id < 1000)
+         insert into users (user_id, role, username) select id, 'admin', {name} from n"
+    ));
+    assert_eq!(last, "");
+    let mut watch = Watching::open(narrow(&server).await, snapshot()).await.unwrap();
+    let users = watch.snapshot().await;
+    assert_eq!(users.iter().map(|user| user.user_id).collect::<Vec<_>>(), (1..=1_000).collect::<Vec<_>>());
+    assert!(users.iter().all(|user| user.username.len() == 5_000));
+    db.sql("update users set role = 'moderator'");
+    watch.until(db.head()).await;
+    assert_eq!(watch.changes().len(), 1_000);
+    watch.check();
 }
 
 async fn who_hears_of_a_change_and_reads_gets_it_or_a_newer_one(db: Db) {

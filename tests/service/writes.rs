@@ -2,16 +2,20 @@
 
 use std::collections::HashSet;
 
-use rolecache::proto::v1::{
-    ChangeKind, DeleteUserRequest, GetMailboxRequest, Origin, RegisterMailboxRequest, RegisterMailboxResponse,
-    SetRoleRequest, Transfer, TransferAdminRequest,
+use rolecache::{
+    proto::v1::{
+        ChangeKind, DeleteUserRequest, GetMailboxRequest, Origin, RegisterMailboxRequest, RegisterMailboxResponse,
+        SetRoleRequest, Transfer, TransferAdminRequest,
+    },
+    store::{Call, Op},
 };
 use tonic::{Code, Status};
 
 use crate::support::{
-    calls::{refused, refused_for_now},
+    calls::{InFlight, refused, refused_for_now, until},
     gates::Gates,
     postgres::Session,
+    proxy::Proxy,
     server::{Db, Setup, TestServer},
 };
 
@@ -30,6 +34,7 @@ on_both! {
     a_mailbox_is_registered_once,
     many_writes_at_once_share_commits,
     one_bad_write_fails_alone,
+    a_write_behind_one_without_an_answer_is_refused_in_time,
 }
 
 fn set(user_id: i64, role: &str) -> SetRoleRequest {
@@ -169,6 +174,10 @@ async fn a_request_id_that_comes_with_another_request_is_refused(db: Db) {
     ] {
         refused(server.try_set(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     }
+    // To the byte what the first one was, and another call.
+    let twin = DeleteUserRequest { user_id: 7, reason: "admin".into(), request_id: "a".into() };
+    let outcome = server.client.clone().delete_user(twin).await;
+    refused(outcome, Code::InvalidArgument, "REQUEST_ID_REUSED");
     let other = TransferAdminRequest { request_id: "a".into(), ..transfer(7, 8) };
     refused(server.transfer(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(server.log().await.len(), 1);
@@ -313,6 +322,24 @@ async fn one_bad_write_fails_alone(db: Db) {
     assert_eq!(server.get(113).await.role, "user");
 }
 
+async fn a_write_behind_one_without_an_answer_is_refused_in_time(db: Db) {
+    let gates = Gates::default();
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    gates.write.close();
+    let first = server.begin_set(1, "admin");
+    gates.write.arrived().await;
+    let began = std::time::Instant::now();
+    let behind = server.begin_set(2, "admin");
+    refused_for_now(behind.outcome().await, Code::Unavailable, "STORE_UNREACHABLE");
+    let took = began.elapsed();
+    assert!(took < std::time::Duration::from_secs(4), "after {took:?}");
+    assert!(!first.is_finished(), "its outcome is not known");
+    gates.write.open();
+    first.answer().await;
+    server.set(3, "admin").await;
+    assert_eq!(server.get(2).await.role, "user", "nothing was changed");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_locked_row_delays_only_its_own_callers() {
     let db = Db::postgres().await;
@@ -322,8 +349,10 @@ async fn a_locked_row_delays_only_its_own_callers() {
     holder.run("begin; update users set username = 'held' where user_id = 7;");
     let waits = server.begin_set(7, "admin");
     let waits_too = server.begin_set(7, "user");
-    for user in 100..110 {
-        server.set(user, "admin").await;
+    // All at once: what has to wait is given up after 2 s.
+    let others: Vec<_> = (100..110).map(|user| server.begin_set(user, "admin")).collect();
+    for other in others {
+        other.answer().await;
     }
     assert_eq!(server.get(7).await.role, "moderator");
     assert!(!waits.is_finished());
@@ -345,4 +374,50 @@ async fn a_locked_row_delays_only_its_own_callers() {
     holder.run("rollback;");
     assert_eq!(server.get(7).await.role, last);
     assert_eq!(server.log_of(7).await.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_queues_up_behind_a_lost_store_is_told_with_the_first() {
+    let db = Db::postgres().await;
+    let (proxy, gates) = (Proxy::before(&db.url()).await, Gates::default());
+    let server = Setup { url: proxy.url.clone(), ..Setup::new(&db) }.wrap(gates.guard()).serve().await;
+    gates.write.close();
+    let first = server.begin_set(7, "admin");
+    gates.write.arrived().await;
+    // All on one user: each would be a group of its own, and find for itself that the store is silent.
+    let mut client = server.client.clone();
+    let behind: Vec<_> = (0..16)
+        .map(|_| {
+            let mut client = client.clone();
+            InFlight::begin(async move { Ok(client.set_role(set(7, "moderator")).await?.into_inner()) })
+        })
+        .collect();
+    client.stats(rolecache::proto::v1::StatsRequest {}).await.unwrap();
+    proxy.freeze();
+    gates.write.open();
+    first.outcome().await.unwrap_err();
+    for call in behind {
+        refused_for_now(call.outcome().await, Code::Unavailable, "STORE_UNREACHABLE");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_behind_one_whose_row_is_held_is_not_tried_before_it() {
+    let (db, gates) = (Db::postgres().await, Gates::default());
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    server.set(7, "moderator").await;
+    let mut holder = Session::open(&db.url());
+    holder.run("begin; update users set username = 'held' where user_id = 7;");
+    let waiting = [server.begin_set(7, "admin"), server.begin_set(7, "user")];
+    let tried = |role: &str| {
+        let is_it = |call: &&Call| matches!(&call.op, Op::Set { role: to, .. } if to.as_str() == role);
+        gates.sent().iter().filter(is_it).count()
+    };
+    until("one is tried again and again", || tried("admin").max(tried("user")) >= 6).await;
+    // Once, when it came.
+    assert!(tried("admin").min(tried("user")) <= 1);
+    holder.run("rollback;");
+    for call in waiting {
+        call.answer().await;
+    }
 }

@@ -3,17 +3,27 @@
 mod adopt;
 mod history;
 mod outage;
+mod privileges;
 mod sql;
+mod tls;
 mod write;
 
-use std::{fmt::Write, sync::Arc};
+use std::{fmt::Write, sync::Arc, time::Duration};
 
 use rolecache::{
     role::{Change, Commit, Revision, RoleName, UserId},
-    store::{Call, LogError, Op, OpenError, Options, Position, RequestId, Store, postgres},
+    store::{Call, Grant, LogError, Op, OpenError, Options, Position, RequestId, Store, StoreError, postgres},
+};
+use tokio::{
+    sync::mpsc::{UnboundedReceiver, unbounded_channel},
+    task::JoinHandle,
+    time::timeout,
 };
 
-use crate::support::postgres::{Database, Postgres, psql};
+use crate::support::{
+    postgres::{Database, Postgres, psql},
+    server::PATIENCE,
+};
 
 pub(crate) fn options(url: &str) -> Options {
     let (default_role, admin_role) = (RoleName::held("user"), RoleName::held("admin"));
@@ -38,6 +48,43 @@ pub(crate) async fn fresh() -> (Database, Arc<dyn Store>) {
     let database = Postgres::shared().fresh_database().await;
     let store = open(&database.url).await;
     (database, store)
+}
+
+/// Listens to a store until it is dropped.
+pub(crate) struct Bell {
+    rings: UnboundedReceiver<()>,
+    listening: JoinHandle<StoreError>,
+}
+
+impl Bell {
+    pub(crate) fn of(store: &Arc<dyn Store>) -> Self {
+        let (rung, rings) = unbounded_channel();
+        let store = store.clone();
+        // Who does not listen any more is not told.
+        let listening = tokio::spawn(async move { store.listen(&move || rung.send(()).unwrap_or_default()).await });
+        Self { rings, listening }
+    }
+
+    /// Waits for it to ring; a ring that nobody has waited for counts.
+    pub(crate) async fn rings(&mut self) {
+        timeout(PATIENCE, self.rings.recv()).await.expect("it should ring in time").unwrap();
+    }
+
+    /// Takes away what has rung so far.
+    pub(crate) fn forget(&mut self) {
+        while self.rings.try_recv().is_ok() {}
+    }
+
+    /// Waits until it has not rung for so long.
+    pub(crate) async fn falls_silent(&mut self, time: Duration) {
+        while timeout(time, self.rings.recv()).await.is_ok() {}
+    }
+}
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        self.listening.abort();
+    }
 }
 
 /// The whole log, read in pages of `limit`.
@@ -103,7 +150,7 @@ pub(crate) fn set(user: i64, role: &str) -> Call {
 }
 
 pub(crate) fn call(op: Op) -> Call {
-    Call { actor: "tester".into(), request: None, op }
+    Call { actor: "tester".into(), grant: Grant::Any, request: None, op }
 }
 
 pub(crate) fn with_id(mut call: Call, id: &str) -> Call {

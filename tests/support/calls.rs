@@ -5,13 +5,14 @@ use std::{collections::HashMap, time::Duration};
 use rolecache::proto::v1::{
     BatchGetRolesRequest, BatchGetRolesResponse, DeleteUserRequest, FeedState, GetRoleRequest, GetRoleResponse,
     Heartbeat, ListRoleChangesRequest, RoleChange, SetRoleRequest, SetRoleResponse, StatsResponse,
-    TransferAdminRequest, TransferAdminResponse, WatchRoleChangesRequest, watch_role_changes_response::Event,
+    TransferAdminRequest, TransferAdminResponse, WatchRoleChangesRequest,
+    role_cache_service_client::RoleCacheServiceClient, watch_role_changes_response::Event,
 };
 use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
 };
-use tonic::{Code, Status};
+use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
 
 use super::{
@@ -96,17 +97,7 @@ impl TestServer {
     }
 
     async fn changes(&self, user_id: Option<i64>) -> Vec<RoleChange> {
-        let mut client = self.client.clone();
-        let mut request = ListRoleChangesRequest { user_id, page_size: 1_000, ..Default::default() };
-        let mut changes = Vec::new();
-        loop {
-            let page = client.list_role_changes(request.clone()).await.expect("ListRoleChanges").into_inner();
-            changes.extend(page.changes);
-            if page.next_page_token.is_empty() {
-                return changes;
-            }
-            request.page_token = page.next_page_token;
-        }
+        logged(self.client.clone(), user_id).await
     }
 
     /// Waits until Stats say what the test needs to have happened.
@@ -142,6 +133,20 @@ impl Watching {
                 return heartbeat;
             }
         }
+    }
+}
+
+/// Every change that the log still holds, of one user or of all, oldest first.
+pub async fn logged(mut client: RoleCacheServiceClient<Channel>, user_id: Option<i64>) -> Vec<RoleChange> {
+    let mut request = ListRoleChangesRequest { user_id, page_size: 1_000, ..Default::default() };
+    let mut changes = Vec::new();
+    loop {
+        let page = client.list_role_changes(request.clone()).await.expect("ListRoleChanges").into_inner();
+        changes.extend(page.changes);
+        if page.next_page_token.is_empty() {
+            return changes;
+        }
+        request.page_token = page.next_page_token;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -44,6 +44,12 @@ pub struct Gates {
     pub read_log: Gate,
     /// After a snapshot is begun, so that its revision is fixed, before its first chunk.
     pub snapshot: Gate,
+    /// After a page of the log is read, before it is handed over.
+    pub log_read: Gate,
+    /// After a snapshot is begun, before anybody is told.
+    pub snapshot_begun: Gate,
+    /// After a list is read, before it is handed over.
+    pub listed: Gate,
     /// After a group is committed, before its answer is handed over.
     pub written: Gate,
     /// Before a group is sent.
@@ -52,9 +58,12 @@ pub struct Gates {
     pub locate: Gate,
     /// While it is set, every look for a mailbox panics.
     pub mailbox_panics: Arc<AtomicBool>,
+    /// While it is set, every snapshot panics.
+    pub snapshot_panics: Arc<AtomicBool>,
     /// Fills' queries fail, as they do when the store is out of reach.
     roles_fail: Arc<AtomicBool>,
     snapshots: Arc<AtomicUsize>,
+    sent: Arc<Mutex<Vec<Call>>>,
 }
 
 pub struct GatedStore {
@@ -123,6 +132,11 @@ impl Gates {
         self.snapshots.load(Ordering::SeqCst)
     }
 
+    /// Every call that was sent, as often as it was.
+    pub fn sent(&self) -> Vec<Call> {
+        self.sent.lock().unwrap().clone()
+    }
+
     /// For [`super::server::Setup::wrap`].
     pub fn guard(&self) -> impl Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync + 'static {
         let gates = self.clone();
@@ -143,7 +157,9 @@ impl Store for GatedStore {
 
     async fn read_log(&self, from: &Position, limit: usize) -> Result<Page, LogError> {
         self.gates.read_log.pass().await;
-        self.inner.read_log(from, limit).await
+        let page = self.inner.read_log(from, limit).await;
+        self.gates.log_read.pass().await;
+        page
     }
 
     async fn locate(&self, revision: Revision, tag: Option<Tag>) -> Result<Anchor, LogError> {
@@ -163,12 +179,15 @@ impl Store for GatedStore {
 
     async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
         self.gates.snapshots.fetch_add(1, Ordering::SeqCst);
+        assert!(!self.gates.snapshot_panics.load(Ordering::SeqCst), "a snapshot that nobody may take");
         let inner = self.inner.snapshot().await?;
+        self.gates.snapshot_begun.pass().await;
         Ok(Box::new(GatedSnapshot { inner, gate: self.gates.snapshot.clone() }))
     }
 
     async fn write(&self, calls: &[Call]) -> Vec<Result<Written, WriteError>> {
         self.gates.write.pass().await;
+        self.gates.sent.lock().unwrap().extend_from_slice(calls);
         let written = self.inner.write(calls).await;
         self.gates.written.pass().await;
         written
@@ -185,7 +204,9 @@ impl Store for GatedStore {
         after: Option<UserId>,
         limit: usize,
     ) -> Result<UserPage, StoreError> {
-        self.inner.list_users(role, after, limit).await
+        let page = self.inner.list_users(role, after, limit).await;
+        self.gates.listed.pass().await;
+        page
     }
 
     async fn list_changes(
@@ -194,7 +215,9 @@ impl Store for GatedStore {
         from: ListPosition,
         limit: usize,
     ) -> Result<ChangePage, LogError> {
-        self.inner.list_changes(user, from, limit).await
+        let page = self.inner.list_changes(user, from, limit).await;
+        self.gates.listed.pass().await;
+        page
     }
 
     async fn trim(&self, retain: Duration) -> Result<Trimmed, StoreError> {

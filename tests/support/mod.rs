@@ -2,8 +2,11 @@
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod abuse;
 pub mod calls;
 pub mod child;
+pub mod crowd;
+pub mod doors;
 pub mod gates;
 pub mod logs;
 pub mod postgres;

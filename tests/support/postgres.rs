@@ -55,8 +55,29 @@ impl Postgres {
 
     /// Another server, to be stopped, killed or restored into.
     pub fn start_own() -> Self {
+        Self::start_in(&std::env::temp_dir())
+    }
+
+    /// The same, with its data on a disk of the caller's choice.
+    pub fn start_in(disk: &Path) -> Self {
+        Self::start_with(disk, &[])
+    }
+
+    /// One that talks over TLS alone, with this certificate and its key.
+    pub fn start_with_tls(certificate: &str, key: &str) -> Self {
+        let files = [
+            ("server.crt", certificate),
+            ("server.key", key),
+            ("postgresql.auto.conf", "ssl = on\n"),
+            ("pg_hba.conf", "hostssl all all 127.0.0.1/32 trust\n"),
+        ];
+        Self::start_with(&std::env::temp_dir(), &files)
+    }
+
+    /// With these files among its data.
+    fn start_with(disk: &Path, files: &[(&str, &str)]) -> Self {
         let bin = bin();
-        let dir = tempfile::Builder::new().prefix("rolecache-pg-").tempdir().unwrap();
+        let dir = tempfile::Builder::new().prefix("rolecache-pg-").tempdir_in(disk).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let data = dir.path().join("data");
         let made = unprivileged(&bin.join("initdb"))
@@ -65,6 +86,9 @@ impl Postgres {
             .output()
             .unwrap();
         assert!(made.status.success(), "initdb failed: {}", String::from_utf8_lossy(&made.stderr));
+        for (name, text) in files {
+            write_unprivileged(&data.join(name), text);
+        }
         // Free at this moment, and nobody else is told of it.
         let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
         let own = Own { dir, bin, port, server: std::sync::Mutex::new(None) };
@@ -91,8 +115,43 @@ impl Postgres {
         self.own().signal("QUIT");
     }
 
+    /// As the kernel does it when memory is short: the server and every session, at once.
+    pub fn kill_hard(&self) {
+        let own = self.own();
+        let pids = own.processes();
+        fs::write(own.dir.path().join("stopped"), "").unwrap();
+        for pid in &pids {
+            // A session may have ended by itself.
+            let _ = Command::new("kill").args(["-KILL", pid]).stderr(Stdio::null()).status().unwrap();
+        }
+        own.wait_for_the_end_of(&pids);
+    }
+
+    /// Stops every process of the server, as a frozen host would.
+    pub fn freeze(&self) {
+        self.own().signal_all("STOP");
+    }
+
+    pub fn thaw(&self) {
+        self.own().signal_all("CONT");
+    }
+
+    /// Where its data is.
+    pub fn data(&self) -> PathBuf {
+        self.own().dir.path().join("data")
+    }
+
     pub fn start(&self) {
         self.own().start();
+    }
+
+    /// As a supervisor does it, where it has ended by itself.
+    pub fn start_again(&self) {
+        let own = self.own();
+        if !own.answers() {
+            own.forget();
+            own.start();
+        }
     }
 
     /// As a standby without a primary.
@@ -148,11 +207,7 @@ impl Own {
         *self.server.lock().unwrap() = Some(server);
         let until = Instant::now() + Duration::from_secs(30);
         loop {
-            let asked = Command::new(self.bin.join("pg_isready"))
-                .args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()])
-                .status()
-                .unwrap();
-            if asked.success() {
+            if self.answers() {
                 return;
             }
             assert!(Instant::now() < until, "the server does not start; its log: {}", self.log());
@@ -160,18 +215,63 @@ impl Own {
         }
     }
 
+    fn answers(&self) -> bool {
+        let mut asked = Command::new(self.bin.join("pg_isready"));
+        asked.args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()]).status().unwrap().success()
+    }
+
     fn signal(&self, name: &str) {
         // Stopped on purpose: the watchdog is to leave the data alone.
         fs::write(self.dir.path().join("stopped"), "").unwrap();
-        let pid = fs::read_to_string(self.dir.path().join("data/postmaster.pid")).unwrap();
-        let pid = pid.lines().next().unwrap().trim().to_owned();
+        let pid = self.postmaster();
         let sent = Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap();
         assert!(sent.success());
-        while Path::new("/proc").join(&pid).exists() {
+        self.wait_for_the_end_of(&[pid]);
+    }
+
+    fn signal_all(&self, name: &str) {
+        let signal = |pid: &str| {
+            let _ = Command::new("kill").args([&format!("-{name}"), pid]).stderr(Stdio::null()).status().unwrap();
+        };
+        // The server first: from then on it makes no more of them.
+        signal(&self.postmaster());
+        self.processes().iter().skip(1).for_each(|pid| signal(pid));
+    }
+
+    fn postmaster(&self) -> String {
+        let pid = fs::read_to_string(self.dir.path().join("data/postmaster.pid")).unwrap();
+        pid.lines().next().unwrap().trim().to_owned()
+    }
+
+    /// The server first, then its sessions and helpers.
+    fn processes(&self) -> Vec<String> {
+        let server = self.postmaster();
+        let children = fs::read_to_string(format!("/proc/{server}/task/{server}/children")).unwrap_or_default();
+        std::iter::once(server).chain(children.split_whitespace().map(str::to_owned)).collect()
+    }
+
+    fn wait_for_the_end_of(&self, pids: &[String]) {
+        // One whose parent is gone may stay as a zombie for ever.
+        let runs = |pid: &String| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
+        };
+        let until = Instant::now() + Duration::from_secs(30);
+        while pids.iter().any(runs) {
+            assert!(Instant::now() < until, "the server does not end");
             std::thread::sleep(Duration::from_millis(5));
         }
         // Its shell ends with its input, and the watchdog in it, which leaves the data alone.
         self.server.lock().unwrap().take().expect("the server runs").wait().unwrap();
+    }
+
+    /// What is left of one that has ended by itself.
+    fn forget(&self) {
+        fs::write(self.dir.path().join("stopped"), "").unwrap();
+        if let Some(mut server) = self.server.lock().unwrap().take() {
+            drop(server.stdin.take());
+            server.wait().unwrap();
+        }
     }
 
     fn log(&self) -> String {
@@ -215,44 +315,53 @@ pub fn try_psql(url: &str, sql: &str) -> Result<String, String> {
     }
 }
 
-/// A psql that stays, for transactions that stay open.
+/// A shell of a database that stays, for transactions that stay open.
 pub struct Session {
-    psql: Child,
+    shell: Child,
     printed: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+    /// Its command that prints a line.
+    print: &'static str,
 }
 
 impl Session {
+    /// A psql.
     pub fn open(url: &str) -> Self {
-        let mut psql = Command::new("/bin/sh")
-            .args(["-c", r#"exec "$0" -X -q -A -t "$1" 2>&1"#])
-            .arg(bin().join("psql"))
-            .arg(url)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let printed = std::io::BufRead::lines(std::io::BufReader::new(psql.stdout.take().unwrap()));
-        Self { psql, printed }
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", r#"exec "$0" -X -q -A -t "$1" 2>&1"#]).arg(bin().join("psql")).arg(url);
+        Self::of(command, "\\echo")
+    }
+
+    /// An sqlite3 shell.
+    pub fn of_file(file: &Path) -> Self {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", r#"exec sqlite3 -batch "$0" 2>&1"#]).arg(file);
+        Self::of(command, ".print")
+    }
+
+    fn of(mut command: Command, print: &'static str) -> Self {
+        let mut shell = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let printed = std::io::BufRead::lines(std::io::BufReader::new(shell.stdout.take().unwrap()));
+        Self { shell, printed, print }
     }
 
     /// What it printed, errors included, when all of it is done.
     pub fn run(&mut self, sql: &str) -> String {
         const DONE: &str = "== done ==";
-        self.send(&format!("{sql}\n\\echo {DONE}\n"));
+        self.send(&format!("{sql}\n{} {DONE}\n", self.print));
         let lines: Vec<String> = self.printed.by_ref().map(Result::unwrap).take_while(|line| line != DONE).collect();
         lines.join("\n")
     }
 
     /// Without waiting for it.
     pub fn send(&mut self, sql: &str) {
-        self.psql.stdin.as_mut().unwrap().write_all(sql.as_bytes()).unwrap();
+        self.shell.stdin.as_mut().unwrap().write_all(sql.as_bytes()).unwrap();
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        drop(self.psql.stdin.take());
-        let _ = self.psql.wait();
+        drop(self.shell.stdin.take());
+        let _ = self.shell.wait();
     }
 }
 
@@ -350,6 +459,18 @@ fn bin() -> PathBuf {
             )
     })
     .clone()
+}
+
+/// A file that PostgreSQL owns, and nobody else may read: it refuses any other key.
+fn write_unprivileged(file: &Path, text: &str) {
+    let mut shell = unprivileged(Path::new("/bin/sh"))
+        .args(["-c", r#"umask 077; cat >"$0""#])
+        .arg(file)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    shell.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    assert!(shell.wait().unwrap().success());
 }
 
 /// PostgreSQL refuses to run as root.

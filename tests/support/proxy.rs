@@ -1,26 +1,54 @@
-//! A TCP proxy in front of PostgreSQL that goes silent, breaks or strands connections, or swallows notifications, on
-//! command.
+//! A TCP proxy in front of PostgreSQL that goes silent, breaks, strands, slows or slices connections, or swallows
+//! notifications, on command.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
         TcpListener, TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
+        tcp::{ReadHalf, WriteHalf},
     },
     sync::watch,
+    time::sleep,
 };
 
-/// Of all connections that were opened before.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fate {
+/// What becomes of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fate {
     Open,
+    /// Ended in order, by FIN.
     Cut,
+    /// Broken, by RST.
+    Reset,
+    /// Not a byte passes, and it never breaks: nobody even reads.
     Stranded,
+    /// What the server sends is lost, and nobody is told.
+    DeafClient,
+    /// What the client sends is lost, and nobody is told.
+    DeafServer,
+    /// Both are lost.
+    Hole,
+    /// Whatever passes is late by so much.
+    Slow(Duration),
+    /// Whatever passes comes in pieces of a few bytes.
+    Sliced,
+}
+
+/// Of the connections that are open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Which {
+    All,
+    /// Those that have sent LISTEN.
+    Listening,
+    /// Those that have been sent a notification.
+    Hearing,
 }
 
 /// Serves until it is dropped.
@@ -28,11 +56,32 @@ pub struct Proxy {
     /// The database, through the proxy.
     pub url: String,
     frozen: watch::Sender<bool>,
-    is_mute: Arc<AtomicBool>,
-    /// What becomes of the connections that are open at this moment.
-    fate: watch::Sender<Fate>,
+    rules: Arc<Rules>,
     serving: tokio::task::JoinHandle<()>,
 }
+
+/// What holds for all connections, and which there are.
+#[derive(Default)]
+struct Rules {
+    is_mute: AtomicBool,
+    is_refusing: AtomicBool,
+    lines: Mutex<Vec<Arc<Line>>>,
+}
+
+/// One connection.
+struct Line {
+    fate: watch::Sender<Fate>,
+    listens: AtomicBool,
+    hears: AtomicBool,
+}
+
+#[derive(Clone, Copy)]
+enum Toward {
+    Client,
+    Server,
+}
+
+// === impl Proxy ===
 
 impl Proxy {
     /// In front of the database at `url`, without TLS so that messages can be told apart.
@@ -44,38 +93,29 @@ impl Proxy {
         parts.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
         parts.set_query(Some("sslmode=disable"));
         let (frozen, is_frozen) = watch::channel(false);
-        let is_mute = Arc::new(AtomicBool::new(false));
-        let fate = watch::Sender::new(Fate::Open);
+        let rules = Arc::new(Rules::default());
         let serving = tokio::spawn({
-            let (is_mute, fate) = (is_mute.clone(), fate.clone());
+            let rules = rules.clone();
             async move {
                 let mut pairs = tokio::task::JoinSet::new();
                 loop {
                     let (client, _) = listener.accept().await.unwrap();
-                    let Ok(server) = TcpStream::connect(&target).await else { continue };
-                    let (from_client, to_client) = client.into_split();
-                    let (from_server, to_server) = server.into_split();
-                    let forward = forward(from_client, to_server, is_frozen.clone());
-                    let answer = answer(from_server, to_client, is_frozen.clone(), is_mute.clone());
-                    let mut fate = fate.subscribe();
-                    fate.mark_unchanged();
+                    if rules.is_refusing.load(Ordering::Relaxed) {
+                        let _ = client.set_zero_linger();
+                        continue;
+                    }
+                    let line = rules.open_line();
+                    let (target, is_frozen, rules) = (target.clone(), is_frozen.clone(), rules.clone());
                     pairs.spawn(async move {
-                        let pair = async { tokio::join!(forward, answer) };
-                        tokio::pin!(pair);
-                        // Fate first: a frozen pair that is cut and then thawed must not pass a byte more.
-                        let stranded = tokio::select! {
-                            biased;
-                            _ = fate.changed() => *fate.borrow() == Fate::Stranded,
-                            _ = &mut pair => false,
-                        };
-                        if stranded {
-                            std::future::pending().await
+                        if let Ok(server) = TcpStream::connect(&target).await {
+                            line.carry(client, server, is_frozen, &rules).await;
                         }
+                        rules.lines.lock().unwrap().retain(|other| !Arc::ptr_eq(other, &line));
                     });
                 }
             }
         });
-        Self { url: parts.to_string(), frozen, is_mute, fate, serving }
+        Self { url: parts.to_string(), frozen, rules, serving }
     }
 
     /// From now on not a byte passes, and no connection breaks.
@@ -89,17 +129,38 @@ impl Proxy {
 
     /// Breaks every open connection. New ones are served.
     pub fn cut(&self) {
-        self.fate.send_replace(Fate::Cut);
+        self.strike(Which::All, Fate::Cut);
     }
 
     /// From now on not a byte passes on any open connection, and none of them breaks. New ones are served.
     pub fn strand(&self) {
-        self.fate.send_replace(Fate::Stranded);
+        self.strike(Which::All, Fate::Stranded);
+    }
+
+    /// What becomes from now on of those that are open now; how many these are. New ones are served.
+    pub fn strike(&self, which: Which, fate: Fate) -> usize {
+        let lines = self.rules.lines.lock().unwrap();
+        let struck: Vec<_> = lines.iter().filter(|line| line.is(which)).collect();
+        for line in &struck {
+            line.fate.send_replace(fate);
+        }
+        struck.len()
+    }
+
+    /// How many are open and as they should be.
+    pub fn open(&self, which: Which) -> usize {
+        let lines = self.rules.lines.lock().unwrap();
+        lines.iter().filter(|line| line.is(which) && *line.fate.borrow() == Fate::Open).count()
+    }
+
+    /// Whether new connections are reset at once.
+    pub fn refuse(&self, is_refusing: bool) {
+        self.rules.is_refusing.store(is_refusing, Ordering::Relaxed);
     }
 
     /// From now on no notification passes, as behind a pooler in transaction mode.
     pub fn mute(&self) {
-        self.is_mute.store(true, Ordering::Relaxed);
+        self.rules.is_mute.store(true, Ordering::Relaxed);
     }
 }
 
@@ -109,36 +170,117 @@ impl Drop for Proxy {
     }
 }
 
-async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut frozen: watch::Receiver<bool>) {
-    let mut bytes = [0; 16 * 1024];
-    while let Ok(n @ 1..) = from.read(&mut bytes).await {
-        if frozen.wait_for(|it| !it).await.is_err() || to.write_all(&bytes[..n]).await.is_err() {
-            return;
-        }
+// === impl Rules ===
+
+impl Rules {
+    fn open_line(&self) -> Arc<Line> {
+        let line = Arc::new(Line { fate: watch::Sender::new(Fate::Open), listens: false.into(), hears: false.into() });
+        self.lines.lock().unwrap().push(line.clone());
+        line
     }
 }
 
-/// Message by message: a byte that says what it is, and a length.
-async fn answer(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    mut frozen: watch::Receiver<bool>,
-    is_mute: Arc<AtomicBool>,
-) {
-    const NOTIFICATION: u8 = b'A';
-    let mut head = [0; 5];
-    while from.read_exact(&mut head).await.is_ok() {
-        let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize - 4;
-        let mut message = head.to_vec();
-        message.resize(5 + length, 0);
-        if from.read_exact(&mut message[5..]).await.is_err() || frozen.wait_for(|it| !it).await.is_err() {
-            return;
+// === impl Line ===
+
+impl Line {
+    fn is(&self, which: Which) -> bool {
+        match which {
+            Which::All => true,
+            Which::Listening => self.listens.load(Ordering::Relaxed),
+            Which::Hearing => self.hears.load(Ordering::Relaxed),
         }
-        if head[0] == NOTIFICATION && is_mute.load(Ordering::Relaxed) {
-            continue;
+    }
+
+    async fn carry(
+        &self,
+        mut client: TcpStream,
+        mut server: TcpStream,
+        is_frozen: watch::Receiver<bool>,
+        rules: &Rules,
+    ) {
+        let mut fate = self.fate.subscribe();
+        {
+            let ((from_client, to_client), (from_server, to_server)) = (client.split(), server.split());
+            let forward = self.forward(from_client, to_server, is_frozen.clone());
+            let answer = self.answer(from_server, to_client, is_frozen, rules);
+            // Fate first: a frozen pair that is cut and then thawed must not pass a byte more.
+            tokio::select! {
+                biased;
+                _ = fate.wait_for(|fate| matches!(fate, Fate::Cut | Fate::Reset | Fate::Stranded)) => {}
+                _ = futures::future::join(forward, answer) => {}
+            }
         }
-        if to.write_all(&message).await.is_err() {
-            return;
+        if *self.fate.borrow() == Fate::Stranded {
+            let _ = fate.wait_for(|fate| matches!(fate, Fate::Cut | Fate::Reset)).await;
+        }
+        if *self.fate.borrow() == Fate::Reset {
+            let _ = (client.set_zero_linger(), server.set_zero_linger());
+        }
+    }
+
+    async fn forward(&self, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, mut frozen: watch::Receiver<bool>) {
+        let mut bytes = vec![0; 16 * 1024];
+        while let Ok(n @ 1..) = from.read(&mut bytes).await {
+            // A query of its own: a byte that says so, a length, a text.
+            if bytes[0] == b'Q' && bytes[5..n.max(5)].starts_with(b"LISTEN ") {
+                self.listens.store(true, Ordering::Relaxed);
+            }
+            if frozen.wait_for(|it| !it).await.is_err() || !self.pass(Toward::Server, &bytes[..n], &mut to).await {
+                break;
+            }
+        }
+        let _ = to.shutdown().await;
+    }
+
+    /// Message by message: a byte that says what it is, and a length.
+    async fn answer(
+        &self,
+        mut from: ReadHalf<'_>,
+        mut to: WriteHalf<'_>,
+        mut frozen: watch::Receiver<bool>,
+        rules: &Rules,
+    ) {
+        const NOTIFICATION: u8 = b'A';
+        let mut head = [0; 5];
+        while from.read_exact(&mut head).await.is_ok() {
+            let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize - 4;
+            let mut message = head.to_vec();
+            message.resize(5 + length, 0);
+            if from.read_exact(&mut message[5..]).await.is_err() || frozen.wait_for(|it| !it).await.is_err() {
+                break;
+            }
+            if head[0] == NOTIFICATION && rules.is_mute.load(Ordering::Relaxed) {
+                continue;
+            }
+            if !self.pass(Toward::Client, &message, &mut to).await {
+                break;
+            }
+            if head[0] == NOTIFICATION {
+                self.hears.store(true, Ordering::Relaxed);
+            }
+        }
+        let _ = to.shutdown().await;
+    }
+
+    /// Whether the other side still takes what comes.
+    async fn pass(&self, toward: Toward, bytes: &[u8], to: &mut WriteHalf<'_>) -> bool {
+        let fate = *self.fate.borrow();
+        match (fate, toward) {
+            (Fate::Hole, _) | (Fate::DeafClient, Toward::Client) | (Fate::DeafServer, Toward::Server) => true,
+            (Fate::Slow(late), _) => {
+                sleep(late).await;
+                to.write_all(bytes).await.is_ok()
+            }
+            (Fate::Sliced, _) => {
+                for piece in bytes.chunks(3) {
+                    if to.write_all(piece).await.is_err() {
+                        return false;
+                    }
+                    tokio::task::yield_now().await;
+                }
+                true
+            }
+            _ => to.write_all(bytes).await.is_ok(),
         }
     }
 }

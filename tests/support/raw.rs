@@ -8,7 +8,12 @@ use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http2::{SendRequest, handshake};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpStream,
+    sync::watch,
+    time::timeout,
+};
 use tonic::Status;
 
 use super::server::PATIENCE;
@@ -20,6 +25,14 @@ pub struct Raw {
     sender: SendRequest<Full<Bytes>>,
 }
 
+/// What lies between a client and its server.
+#[derive(Default)]
+pub struct Wire {
+    is_deaf: watch::Sender<bool>,
+    /// Bytes that have gone out.
+    sent: watch::Sender<usize>,
+}
+
 pub struct Answer {
     pub http: StatusCode,
     /// None where the answer is none of gRPC.
@@ -29,10 +42,21 @@ pub struct Answer {
 
 impl Raw {
     pub async fn connect(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect(address).await.unwrap();
-        // The head and the body of a request are two writes.
-        stream.set_nodelay(true).unwrap();
-        let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+        Self::over(address, stream(address).await).await
+    }
+
+    /// A connection whose bytes pass a wire.
+    pub async fn connect_over(address: SocketAddr, wire: &Wire) -> Self {
+        let (from_server, to_server) = stream(address).await.into_split();
+        let (arriving, arrive) = tokio::io::simplex(1 << 16);
+        let (leave, leaving) = tokio::io::simplex(1 << 16);
+        tokio::spawn(carry(from_server, arrive, wire.is_deaf.clone(), watch::Sender::default()));
+        tokio::spawn(carry(leave, to_server, watch::Sender::default(), wire.sent.clone()));
+        Self::over(address, tokio::io::join(arriving, leaving)).await
+    }
+
+    async fn over(address: SocketAddr, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
+        let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(io)).await.unwrap();
         tokio::spawn(connection);
         Self { address, sender }
     }
@@ -72,6 +96,47 @@ impl Raw {
         };
         timeout(PATIENCE, all).await.expect("an answer in time")
     }
+}
+
+/// From one end to the other what comes, unless it is held up, and counts it.
+async fn carry(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    held: watch::Sender<bool>,
+    carried: watch::Sender<usize>,
+) {
+    let mut bytes = [0; 1 << 12];
+    while let Ok(n @ 1..) = from.read(&mut bytes).await {
+        let _ = held.subscribe().wait_for(|held| !held).await;
+        if to.write_all(&bytes[..n]).await.is_err() {
+            return;
+        }
+        carried.send_modify(|carried| *carried += n);
+    }
+}
+
+// === impl Wire ===
+
+impl Wire {
+    /// From now on nothing arrives at the client, while what it sends goes out as ever; or everything does again.
+    pub fn deafen(&self, is_deaf: bool) {
+        self.is_deaf.send_replace(is_deaf);
+    }
+
+    /// Does something, and waits until something is sent that was not before.
+    pub async fn sends<T>(&self, begin: impl FnOnce() -> T) -> T {
+        let before = *self.sent.borrow();
+        let begun = begin();
+        timeout(PATIENCE, self.sent.subscribe().wait_for(|sent| *sent > before)).await.expect("sent in time").unwrap();
+        begun
+    }
+}
+
+async fn stream(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).await.unwrap();
+    // The head and the body of a request are two writes.
+    stream.set_nodelay(true).unwrap();
+    stream
 }
 
 /// A message as gRPC frames it.

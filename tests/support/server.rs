@@ -8,18 +8,22 @@ use std::{
 };
 
 use rolecache::{
+    access::Allowance,
     cache, feed, grpc,
     proto::v1::{
         FeedState, GetRoleRequest, GetRoleResponse, SetRoleRequest, SetRoleResponse, StatsRequest, StatsResponse,
         WatchRoleChangesRequest, role_cache_service_client::RoleCacheServiceClient,
     },
     role::RoleName,
-    server::{Options, Server, ServerError},
+    server::{DoorOptions, Options, Server, ServerError},
     store::{self, Store},
 };
 use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle};
-use tonic::{Status, transport::Channel};
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use super::{
@@ -51,14 +55,19 @@ pub struct Setup {
     pub poll_interval: Duration,
     pub retain_changes: Duration,
     pub upkeep_interval: Duration,
+    pub self_check: Option<Duration>,
     pub ring_bytes: usize,
     pub fallback_reads: usize,
     pub limits: grpc::Limits,
+    pub doors: DoorOptions,
     pub roles: Vec<&'static str>,
     pub reflection: bool,
     /// Puts something between the server and its store.
     pub wrap: Option<Wrap>,
 }
+
+/// What one caller may do: nothing that a test meets by accident.
+pub const ALLOWANCE: Allowance = Allowance { calls_per_second: None, watches: 10_000 };
 
 /// Puts something in front of a store.
 pub type Wrap = Box<dyn Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync>;
@@ -174,9 +183,16 @@ impl Setup {
             poll_interval: Duration::from_millis(100),
             retain_changes: Duration::from_secs(30 * 24 * 60 * 60),
             upkeep_interval: Duration::from_millis(200),
+            self_check: None,
             ring_bytes: 16 << 20,
             fallback_reads: 64,
-            limits: grpc::Limits { calls: 10_000, watches: 10_000 },
+            limits: limits(),
+            doors: DoorOptions {
+                credentials: None,
+                allowance: ALLOWANCE,
+                tls: None,
+                reread: Duration::from_millis(20),
+            },
             roles: vec!["user", "admin", "moderator"],
             reflection: true,
             wrap: None,
@@ -233,24 +249,54 @@ impl Setup {
             roles: self.roles.into_iter().map(RoleName::held).collect(),
             retain_changes: self.retain_changes,
             upkeep_interval: self.upkeep_interval,
+            self_check: self.self_check,
             reflection: self.reflection,
+            doors: self.doors,
             limits: self.limits,
         };
+        let is_tls = options.doors.tls.is_some();
         let server = Server::bind(options).await.expect("bind a free port");
         let address = server.address().unwrap();
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(server.run(async {
             let _ = stopped.await;
         }));
-        TestServer { address, client: client(address).await, stop: Some(stop), task }
+        // With TLS it is the test that knows how to connect.
+        let client =
+            if is_tls { RoleCacheServiceClient::new(endpoint(address).connect_lazy()) } else { client(address).await };
+        TestServer { address, client, stop: Some(stop), task }
+    }
+}
+
+/// Nothing that a test meets by accident.
+fn limits() -> grpc::Limits {
+    grpc::Limits {
+        connections: 20_000,
+        streams: 10_000,
+        calls: 10_000,
+        watches: 10_000,
+        message_bytes: 256 * 1024,
+        header_bytes: 16 * 1024,
+        deadline: PATIENCE,
+        handshake: Duration::from_secs(10),
+        keepalive: Duration::from_secs(20),
+        idle: Duration::from_secs(900),
     }
 }
 
 /// A client with a connection of its own.
 pub async fn client(address: SocketAddr) -> RoleCacheServiceClient<Channel> {
-    let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
-    let channel = endpoint.connect().await.expect("connect to the server");
-    RoleCacheServiceClient::new(channel).max_decoding_message_size(64 << 20)
+    try_client(address).await.expect("connect to the server")
+}
+
+fn endpoint(address: SocketAddr) -> Endpoint {
+    Channel::from_shared(format!("http://{address}")).unwrap()
+}
+
+/// None where nobody is there.
+pub async fn try_client(address: SocketAddr) -> Option<RoleCacheServiceClient<Channel>> {
+    let channel = endpoint(address).connect().await.ok()?;
+    Some(RoleCacheServiceClient::new(channel).max_decoding_message_size(64 << 20))
 }
 
 // === impl TestServer ===

@@ -19,6 +19,7 @@ const TABLE: &str = "
 const COLUMNS: &str = "
     select a.attname::text as name, format_type(a.atttypid, null) as type, a.attnotnull as is_required,
       a.attgenerated <> '' as is_generated,
+      coalesce((select not l.collisdeterministic from pg_collation l where l.oid = a.attcollation), false) as is_loose,
       exists (
         select from pg_index i
         where i.indrelid = a.attrelid and i.indisunique and i.indisvalid and i.indimmediate
@@ -90,7 +91,7 @@ async fn table(conn: &mut PgConnection, wanted: &Wanted) -> Result<Result<Option
     let columns = sqlx::query(COLUMNS).bind(&name).fetch_all(&mut *conn).await?;
     let mut like = Vec::new();
     for (place, column) in wanted.columns.iter().enumerate() {
-        match column_like(&columns, column, place == 0)? {
+        match column_like(&name, &columns, column, place == 0)? {
             Ok(words) => like.push(words),
             Err(why) => return refuse(&why),
         }
@@ -125,7 +126,12 @@ fn wrong_kind(row: &PgRow) -> Result<Option<&'static str>, Failure> {
 }
 
 /// One column in words, or why it will not do.
-fn column_like(columns: &[PgRow], wanted: &Column, is_key: bool) -> Result<Result<String, String>, Failure> {
+fn column_like(
+    table: &str,
+    columns: &[PgRow],
+    wanted: &Column,
+    is_key: bool,
+) -> Result<Result<String, String>, Failure> {
     let Column { name, types, is_optional } = wanted;
     for row in columns {
         if row.try_get::<&str, _>("name")? != *name {
@@ -137,6 +143,12 @@ fn column_like(columns: &[PgRow], wanted: &Column, is_key: bool) -> Result<Resul
         }
         if row.try_get("is_generated")? {
             return Ok(Err(format!("its column {name} is generated, so it cannot be written")));
+        }
+        if *name == "role" && row.try_get("is_loose")? {
+            return Ok(Err(format!(
+                "its column {name} takes different texts for equal, by a nondeterministic collation; give it another, as by \
+                 `alter table {table} alter {name} type text collate \"C\"`"
+            )));
         }
         if is_key && !(row.try_get::<bool, _>("is_key")? && row.try_get::<bool, _>("is_required")?) {
             return Ok(Err(format!(

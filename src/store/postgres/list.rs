@@ -2,30 +2,25 @@
 
 use sqlx::{Row, postgres::PgRow};
 
-use super::{Postgres, log::compacted, rows, session};
+use super::{
+    Postgres,
+    log::compacted,
+    rows::{self, with_head},
+    session,
+};
 use crate::{
     role::{Revision, UserId},
-    store::{ChangePage, ListPosition, ListedChange, LogError, Roles, StoreError, UserPage},
+    store::{ChangePage, Facts, ListPosition, ListedChange, LogError, Roles, StoreError, UserPage},
 };
 
 // A name that the inner row lacks is looked for outside: a table without username has null.
-const ROLES: &str = "
-    select f.trimmed_revision, f.trimmed_tag, h.revision as head_revision, h.tag as head_tag,
-      u.user_id::bigint as user_id, u.role::text as role
-    from rolecache.feed f
-    left join lateral (
-      select c.revision, c.tag from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
-    ) h on true
-    left join public.users u on u.user_id = any($1)";
+const ROLES: &str =
+    with_head!("u.user_id::bigint as user_id, u.role::text as role", "left join public.users u on u.user_id = any($1)");
 
 // $1 first id, $2 role or null, $3 limit
-const USERS: &str = "
-    select f.trimmed_revision, f.trimmed_tag, h.revision as head_revision, h.tag as head_tag, u.*
-    from rolecache.feed f
-    left join lateral (
-      select c.revision, c.tag from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
-    ) h on true
-    left join lateral (
+const USERS: &str = with_head!(
+    "u.*",
+    "left join lateral (
       select s.user_id::bigint as user_id, s.role::text as role, (select username::text from (select s.*) x) as username
       from public.users s cross join (select null::text as username) absent
       where s.user_id >= $1
@@ -33,17 +28,13 @@ const USERS: &str = "
       order by s.user_id
       limit $3
     ) u on true
-    order by u.user_id";
+    order by u.user_id"
+);
 
 // $1 revision, $2 first key inside it or null, $3 limit, $4 how many changes of that commit came before
-const CHANGES: &str = "
-    select f.trimmed_revision, f.trimmed_tag, h.revision as head_revision, h.tag as head_tag,
-      null::bigint as place, ch.*
-    from rolecache.feed f
-    left join lateral (
-      select c.revision, c.tag from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
-    ) h on true
-    left join lateral (
+const CHANGES: &str = with_head!(
+    "null::bigint as place, ch.*",
+    "left join lateral (
       select c.revision, (extract(epoch from c.committed_at) * 1000000)::bigint as at_us,
         x.seq, x.user_id, x.old_role, x.new_role, x.username, x.origin, x.actor, x.reason,
         x.transfer_from, x.transfer_to, x.mailbox_id
@@ -67,19 +58,15 @@ const CHANGES: &str = "
       order by c.revision, x.seq
       limit $3
     ) ch on true
-    order by ch.revision, ch.seq";
+    order by ch.revision, ch.seq"
+);
 
 // $1 revision, $2 first key inside it or null, $3 limit, $4 user
-const USER_CHANGES: &str = "
-    select f.trimmed_revision, f.trimmed_tag, h.revision as head_revision, h.tag as head_tag,
-      case when ch.size = 1 then 0 else (
+const USER_CHANGES: &str = with_head!(
+    "case when ch.size = 1 then 0 else (
         select count(*) from rolecache.changes z where z.commit_id = ch.commit_id and z.seq < ch.seq
-      ) end as place, ch.*
-    from rolecache.feed f
-    left join lateral (
-      select c.revision, c.tag from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
-    ) h on true
-    left join lateral (
+      ) end as place, ch.*",
+    "left join lateral (
       select c.revision, c.size, (extract(epoch from c.committed_at) * 1000000)::bigint as at_us,
         x.commit_id, x.seq, x.user_id, x.old_role, x.new_role, x.username, x.origin, x.actor, x.reason,
         x.transfer_from, x.transfer_to, x.mailbox_id
@@ -89,19 +76,20 @@ const USER_CHANGES: &str = "
       order by c.revision, x.seq
       limit $3
     ) ch on true
-    order by ch.revision, ch.seq";
+    order by ch.revision, ch.seq"
+);
 
-const MAILBOX: &str = "select m.creator_id::bigint as creator_id from public.mailboxes m where m.id = $1";
+const MAILBOX: &str = with_head!("m.creator_id::bigint as creator_id", "left join public.mailboxes m on m.id = $1");
 
 impl Postgres {
     pub(super) async fn roles(&self, users: &[UserId]) -> Result<Roles, StoreError> {
         let ids: Vec<i64> = users.iter().map(|user| user.0).collect();
-        let rows = session::fetch(&self.pools.reads, sqlx::query(ROLES).bind(&ids)).await?;
+        let rows = session::fetch(&self.pools.reads, || sqlx::query(ROLES).bind(&ids)).await?;
         Ok(self.found(users, &rows)?)
     }
 
     fn found(&self, users: &[UserId], rows: &[PgRow]) -> Result<Roles, session::Failure> {
-        let head = rows::meta(rows::first(rows)?)?.head;
+        let head = rows::meta(rows::first(rows)?, &self.facts)?.head;
         let default = &self.facts.default_role;
         let mut found = std::collections::HashMap::with_capacity(rows.len());
         for row in rows {
@@ -114,8 +102,9 @@ impl Postgres {
     }
 
     pub(super) async fn mailbox(&self, mailbox: i64) -> Result<Option<UserId>, StoreError> {
-        let rows = session::fetch(&self.pools.lists, sqlx::query(MAILBOX).bind(mailbox)).await?;
-        let Some(row) = rows.first() else { return Ok(None) };
+        let rows = session::fetch(&self.pools.lists, || sqlx::query(MAILBOX).bind(mailbox)).await?;
+        let row = rows::first(&rows)?;
+        rows::meta(row, &self.facts)?;
         let creator: Option<i64> = row.try_get("creator_id").map_err(session::Failure::from)?;
         Ok(creator.map(UserId))
     }
@@ -129,9 +118,9 @@ impl Postgres {
         // Past the largest id there is nobody; the head is asked for all the same.
         let first = after.map_or(Some(i64::MIN), |after| after.0.checked_add(1));
         let limit = if first.is_some() { bound(limit) } else { 0 };
-        let query = sqlx::query(USERS).bind(first.unwrap_or(i64::MAX)).bind(role).bind(limit);
+        let query = || sqlx::query(USERS).bind(first.unwrap_or(i64::MAX)).bind(role).bind(limit);
         let rows = session::fetch(&self.pools.lists, query).await?;
-        let head = rows::meta(rows::first(&rows)?)?.head;
+        let head = rows::meta(rows::first(&rows)?, &self.facts)?.head;
         let mut users = Vec::with_capacity(rows.len());
         for row in &rows {
             users.extend(rows::user(row, &self.facts.default_role)?);
@@ -146,7 +135,7 @@ impl Postgres {
         limit: usize,
     ) -> Result<ChangePage, LogError> {
         let row = from.inside.map(|(_, row)| row);
-        let query = match user {
+        let query = || match user {
             None => {
                 let before = from.inside.map_or(0, |(index, _)| i64::try_from(index).unwrap_or(i64::MAX / 2));
                 sqlx::query(CHANGES).bind(from.revision.0).bind(row).bind(bound(limit)).bind(before)
@@ -154,7 +143,7 @@ impl Postgres {
             Some(user) => sqlx::query(USER_CHANGES).bind(from.revision.0).bind(row).bind(bound(limit)).bind(user.0),
         };
         let rows = session::fetch(&self.pools.lists, query).await.map_err(StoreError::from)?;
-        changes(from, &rows).map_err(StoreError::from)?
+        changes(from, &rows, &self.facts).map_err(StoreError::from)?
     }
 }
 
@@ -162,8 +151,12 @@ fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX / 4)
 }
 
-fn changes(from: ListPosition, rows: &[PgRow]) -> Result<Result<ChangePage, LogError>, session::Failure> {
-    let rows::Meta { head, trimmed } = rows::meta(rows::first(rows)?)?;
+fn changes(
+    from: ListPosition,
+    rows: &[PgRow],
+    facts: &Facts,
+) -> Result<Result<ChangePage, LogError>, session::Failure> {
+    let rows::Meta { head, trimmed } = rows::meta(rows::first(rows)?, facts)?;
     // Inside a commit that was trimmed meanwhile there is nothing to go on with.
     let gone = from.revision < trimmed.revision || (from.inside.is_some() && from.revision == trimmed.revision);
     if gone && !from.kept_only {

@@ -1,7 +1,8 @@
 //! The doorbell: LISTEN on a connection of its own, rebuilt on any doubt.
 //!
 //! A hint and no more. sqlx's listener says nothing of a connection that is half open, and not always of one that
-//! broke; so it is asked every few seconds, and every new one rings once for whatever was missed.
+//! broke; and where notifications are swallowed nothing is ever said. So whoever has heard nothing for a while rings,
+//! from another session, and expects to hear it. Every new connection rings once for whatever was missed.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -17,11 +18,13 @@ use super::{
     Postgres,
     session::{self, Failure},
 };
-use crate::store::StoreError;
+use crate::{failpoint, store::StoreError};
 
 const CHANNEL: &str = "rolecache";
-const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
-const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
+/// After so much silence it is doubted that anything would be heard. All replicas hear what one of them rings.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Of each statement that it takes to listen and to probe.
+const STATEMENT_LIMIT: Duration = Duration::from_secs(2);
 /// How long a notification to ourselves may take before LISTEN counts as swallowed.
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
 const PROBE_AGAIN: Duration = Duration::from_secs(60);
@@ -39,6 +42,15 @@ enum Probe {
     Swallowed,
 }
 
+/// Why a connection is not trusted any more.
+#[derive(Debug, thiserror::Error)]
+enum Doubt {
+    #[error(transparent)]
+    Failed(#[from] Failure),
+    #[error("it hears nothing")]
+    Unheard,
+}
+
 impl Postgres {
     pub(super) async fn listen(&self, wake: &(dyn Fn() + Send + Sync)) -> StoreError {
         let pauses = || {
@@ -52,13 +64,18 @@ impl Postgres {
         let mut pause = pauses();
         loop {
             match self.subscribe(wake).await {
-                Ok((listener, Probe::Heard)) => {
+                Ok((ear, Probe::Heard)) => {
                     pause = pauses();
-                    self.listening.is_swallowed.store(false, Ordering::Relaxed);
-                    let failure = follow(listener, wake).await;
-                    tracing::warn!(error = %failure, "the connection that listens for changes is lost");
+                    if self.listening.is_swallowed.swap(false, Ordering::Relaxed) {
+                        tracing::info!("notifications arrive again");
+                    }
+                    let doubt = self.follow(ear, wake).await;
+                    tracing::warn!(%doubt, "the connection that listens for changes is made anew");
                 }
-                Ok((_, Probe::Swallowed)) => {
+                Ok((mut ear, Probe::Swallowed)) => {
+                    // The pooler's session goes on, for others: it should not hear for us.
+                    let _ = timeout(STATEMENT_LIMIT, ear.listener().unlisten_all()).await;
+                    drop(ear);
                     if !self.listening.is_swallowed.swap(true, Ordering::Relaxed) {
                         tracing::warn!(
                             "notifications do not arrive, as behind a pooler in transaction mode; the log is read every \
@@ -79,7 +96,7 @@ impl Postgres {
         self.listening.is_swallowed.load(Ordering::Relaxed).then_some(POLL)
     }
 
-    async fn subscribe(&self, wake: &(dyn Fn() + Send + Sync)) -> Result<(PgListener, Probe), Failure> {
+    async fn subscribe(&self, wake: &(dyn Fn() + Send + Sync)) -> Result<(Ear, Probe), Failure> {
         // One connection, and never another: a reconnect behind our back would not be followed by a read.
         let options = session::session(&self.url, session::STATEMENT_LIMIT);
         let pool = PgPoolOptions::new()
@@ -88,19 +105,26 @@ impl Postgres {
             .idle_timeout(None)
             .acquire_timeout(session::CONNECT_LIMIT)
             .connect_lazy_with(options);
-        let mut listener = PgListener::connect_with(&pool).await.map_err(Failure::NoConnection)?;
+        let mut ear = Ear(Some(PgListener::connect_with(&pool).await.map_err(Failure::NoConnection)?));
+        let listener = ear.listener();
         listener.eager_reconnect(false);
-        answered(HEARTBEAT_LIMIT, listener.listen(CHANNEL)).await?;
-        wake();
-        let probe = self.probe(&mut listener).await?;
-        Ok((listener, probe))
+        match timeout(STATEMENT_LIMIT, listener.listen(CHANNEL)).await {
+            Ok(listens) => listens?,
+            Err(_) => return Err(Failure::Silent(STATEMENT_LIMIT)),
+        }
+        if !failpoint::is_on!("bug::no_read_after_listen") {
+            wake();
+        }
+        let probe = self.probe(listener).await?;
+        Ok((ear, probe))
     }
 
     /// Rings from another session. From its own it would always be heard, behind a pooler too: both would be the same
     /// server connection at that moment.
     async fn probe(&self, listener: &mut PgListener) -> Result<Probe, Failure> {
         let mark = Uuid::new_v4().to_string();
-        session::fetch(&self.pools.reads, sqlx::query("select pg_notify('rolecache', $1)").bind(&mark)).await?;
+        let ring = session::fetch(&self.pools.reads, || sqlx::query("select pg_notify('rolecache', $1)").bind(&mark));
+        timeout(STATEMENT_LIMIT, ring).await.unwrap_or(Err(Failure::Silent(STATEMENT_LIMIT)))?;
         // Whatever comes was not swallowed.
         match timeout(PROBE_LIMIT, listener.try_recv()).await {
             Ok(Ok(Some(_))) => Ok(Probe::Heard),
@@ -109,33 +133,52 @@ impl Postgres {
             Err(_) => Ok(Probe::Swallowed),
         }
     }
-}
 
-/// Rings for every notification until there is reason to doubt that they arrive.
-async fn follow(mut listener: PgListener, wake: &(dyn Fn() + Send + Sync)) -> Failure {
-    wake();
-    loop {
-        match timeout(HEARTBEAT_EVERY, listener.try_recv()).await {
-            Ok(Ok(Some(_))) => {
-                while listener.next_buffered().is_some() {}
-                wake();
+    /// Rings for every notification until there is reason to doubt that they arrive.
+    async fn follow(&self, mut ear: Ear, wake: &(dyn Fn() + Send + Sync)) -> Doubt {
+        let listener = ear.listener();
+        if !failpoint::is_on!("bug::no_read_after_listen") {
+            wake();
+        }
+        loop {
+            match timeout(SILENCE, listener.try_recv()).await {
+                Ok(Ok(Some(_))) => {}
+                Ok(Ok(None)) => return Doubt::Failed(lost()),
+                Ok(Err(error)) => return Doubt::Failed(error.into()),
+                Err(_) => match self.probe(listener).await {
+                    Ok(Probe::Heard) => {}
+                    Ok(Probe::Swallowed) => return Doubt::Unheard,
+                    Err(failure) => return Doubt::Failed(failure),
+                },
             }
-            Ok(Ok(None)) => return lost(),
-            Ok(Err(error)) => return error.into(),
-            Err(_) => {
-                let beat = sqlx::query("select 1").execute(&mut listener);
-                if let Err(failure) = answered(HEARTBEAT_LIMIT, beat).await {
-                    return failure;
-                }
-            }
+            while listener.next_buffered().is_some() {}
+            wake();
         }
     }
 }
 
-async fn answered<T>(limit: Duration, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Failure> {
-    match timeout(limit, work).await {
-        Ok(done) => Ok(done?),
-        Err(_) => Err(Failure::Silent(limit)),
+/// A listener whose connection is closed when it is dropped, whatever the other end does.
+struct Ear(Option<PgListener>);
+
+impl Ear {
+    fn listener(&mut self) -> &mut PgListener {
+        self.0.as_mut().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Ear {
+    /// sqlx says good-bye to a listener's connection in a task without a limit, which would keep a silent one, and its
+    /// session, for ever. Here that task comes into a runtime that ends before it runs, and takes the connection along.
+    fn drop(&mut self) {
+        match tokio::runtime::Builder::new_current_thread().build() {
+            Ok(runtime) => {
+                let handle = runtime.handle().clone();
+                let _inside = handle.enter();
+                drop(self.0.take());
+                runtime.shutdown_background();
+            }
+            Err(error) => tracing::warn!(%error, "a connection that listened may stay open"),
+        }
     }
 }
 

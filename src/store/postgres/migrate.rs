@@ -16,12 +16,15 @@ use sqlx::{
 
 use super::{
     adopt::{self, Adopted},
-    session::Failure,
+    session::{Failure, LOOK_LIMIT, within},
 };
 use crate::store::{OpenError, Options};
 
 /// How long a start waits for long transactions of others on `users`, in short tries that block nobody for long.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Of one try, from lock to COMMIT. It makes tables and triggers, and writes no row of the bot's.
+const MIGRATE_LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// Of several servers that start at once, one changes the schema.
 pub(super) const LOCK: &str = "select pg_advisory_xact_lock(7237966, 3)";
@@ -51,9 +54,10 @@ enum Standing {
 
 /// Makes sure that the schema is this program's, and says what the tables are like.
 pub(super) async fn ensure(conn: &mut PgConnection, options: &Options) -> Result<String, OpenError> {
-    match standing(conn).await? {
+    match within(LOOK_LIMIT, standing(conn)).await? {
         Standing::Current => {
-            let adopted = adopt::inspect(conn).await?.map_err(OpenError::Refused)?;
+            let inspected = async { Ok(adopt::inspect(conn).await?) };
+            let adopted = within(LOOK_LIMIT, inspected).await?.map_err(OpenError::Refused)?;
             for (table, found) in [("users", &adopted.users), ("mailboxes", &adopted.mailboxes)] {
                 if found.is_none() {
                     return Err(OpenError::Refused(format!(
@@ -74,7 +78,9 @@ pub(super) async fn ensure(conn: &mut PgConnection, options: &Options) -> Result
     }
     let mut patience = Patience::to("migrate it");
     loop {
-        match migrate(conn, options).await {
+        // Behind another server that migrates it is waited for; behind one that is gone, the database ends its session.
+        let migrated = async { Ok(migrate(conn, options).await) };
+        match within(MIGRATE_LIMIT, migrated).await? {
             Ok(adopted) => return Ok(adopted),
             Err(stop) => patience.wait_out(stop).await?,
         }

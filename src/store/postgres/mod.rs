@@ -8,6 +8,7 @@ mod listener;
 mod log;
 mod migrate;
 mod open;
+mod rights;
 mod rows;
 mod session;
 mod snapshot;
@@ -58,7 +59,7 @@ impl Store for Postgres {
     }
 
     async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
-        snapshot::open(&self.url, self.facts.default_role.clone()).await
+        snapshot::open(&self.url, &self.facts).await
     }
 
     async fn write(&self, calls: &[Call]) -> Vec<Result<Written, WriteError>> {

@@ -6,15 +6,52 @@ use sqlx::{Row, postgres::PgRow};
 use uuid::Uuid;
 
 use super::session::Failure;
-use crate::role::{Anchor, Change, MailboxId, Origin, Revision, RoleName, Tag, Transfer, UserId, UserRow};
+use crate::{
+    role::{Anchor, Change, MailboxId, Origin, Revision, RoleName, Tag, Transfer, UserId, UserRow},
+    store::Facts,
+};
 
-/// The head and the trim point, as every read of the log has them in its first columns.
+/// A statement that begins with the columns of [`meta`], and so has a row at least: then `$columns`, from what
+/// `$sources` joins.
+macro_rules! with_head {
+    ($($columns:literal $(, $sources:literal)?)?) => {
+        concat!(
+            "select pg_is_in_recovery() as is_standby, f.store_id, f.default_role, f.admin_role,
+              f.trimmed_revision, f.trimmed_tag, h.revision as head_revision, h.tag as head_tag",
+            $(", ", $columns,)?
+            " from rolecache.feed f
+            left join lateral (
+              select c.revision, c.tag from rolecache.commits c
+              where c.revision is not null order by c.revision desc limit 1
+            ) h on true ",
+            $($($sources,)?)?
+        )
+    };
+}
+pub(super) use with_head;
+
+/// The head and the trim point.
 pub(super) struct Meta {
     pub(super) head: Anchor,
     pub(super) trimmed: Anchor,
 }
 
-pub(super) fn meta(row: &PgRow) -> Result<Meta, Failure> {
+/// Whether what was read may be of long ago: only a primary says what is true now.
+pub(super) fn is_of_standby(row: &PgRow) -> bool {
+    row.try_get("is_standby").unwrap_or(false)
+}
+
+/// What every read begins with, if it was read from the store that was opened.
+pub(super) fn meta(row: &PgRow, facts: &Facts) -> Result<Meta, Failure> {
+    if is_of_standby(row) {
+        return Err(Failure::Standby);
+    }
+    let is_ours = row.try_get::<Uuid, _>("store_id")? == facts.store_id
+        && row.try_get::<&str, _>("default_role")? == facts.default_role.as_str()
+        && row.try_get::<&str, _>("admin_role")? == facts.admin_role.as_str();
+    if !is_ours {
+        return Err(Failure::Another);
+    }
     let trimmed =
         Anchor { revision: Revision(row.try_get("trimmed_revision")?), tag: Tag(row.try_get("trimmed_tag")?) };
     let head = match row.try_get::<Option<i64>, _>("head_revision")? {

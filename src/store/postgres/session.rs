@@ -3,19 +3,22 @@
 //! A connection whose answer was not read to the end never goes back to its pool: an answer that is cut off by a
 //! timeout or a cancelled caller would be read by the next one.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, io, sync::Arc, time::Duration};
 
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool, Postgres,
     pool::PoolConnection,
-    postgres::{PgArguments, PgConnectOptions, PgPoolOptions, PgRow},
+    postgres::{PgArguments, PgConnectOptions, PgDatabaseError, PgPoolOptions, PgRow},
     query::Query,
 };
 
+use super::rows;
 use crate::store::{Cause, OpenError, StoreError};
 
 /// How long a statement may take on the server; the client gives up a little later, in case the connection is dead.
 pub(super) const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
+/// Of a look at what is there, when the store is opened.
+pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(10);
 pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(2);
 const MARGIN: Duration = Duration::from_secs(1);
@@ -53,6 +56,12 @@ pub(super) enum Failure {
     Silent(Duration),
     #[error("{0}")]
     Sql(#[from] sqlx::Error),
+    /// The primary that it was follows another one now.
+    #[error("it is a standby now, behind the primary or cut off from it")]
+    Standby,
+    /// What was restored or renamed into its place.
+    #[error("it is another database now, or its default role or admin role is another")]
+    Another,
     /// An answer that the schema rules out.
     #[error("{0}")]
     Shape(String),
@@ -68,6 +77,8 @@ pub(super) fn session(url: &PgConnectOptions, statement_limit: Duration) -> PgCo
             ("lock_timeout", "2s"),
             ("idle_in_transaction_session_timeout", "10s"),
             ("search_path", "pg_catalog, pg_temp"),
+            // A user whom a policy hides would be taken for one who does not exist: an error instead.
+            ("row_security", "off"),
             // What a migration finds there already is nothing to tell an operator of.
             ("client_min_messages", "warning"),
             // Compiling costs more than any of our statements.
@@ -81,6 +92,15 @@ pub(super) async fn connect(options: &PgConnectOptions) -> Result<PgConnection, 
     match tokio::time::timeout(CONNECT_LIMIT, PgConnection::connect_with(options)).await {
         Ok(connected) => connected.map_err(Failure::NoConnection),
         Err(_) => Err(Failure::Silent(CONNECT_LIMIT)),
+    }
+}
+
+/// Why TLS came to nothing, where that will stay so. What rustls finds wrong comes as invalid data.
+fn distrust(error: &sqlx::Error) -> Option<String> {
+    match error {
+        sqlx::Error::Tls(why) => Some(why.to_string()),
+        sqlx::Error::Io(why) if why.kind() == io::ErrorKind::InvalidData => Some(why.to_string()),
+        _ => None,
     }
 }
 
@@ -142,12 +162,14 @@ impl Lease {
         match tokio::time::timeout(self.limit, query.fetch_all(&mut *self.conn)).await {
             Err(_) => Err(Failure::Silent(self.limit)),
             Ok(Ok(rows)) => {
-                self.sound = true;
+                // It would be asked for as long as it lives, and the primary be elsewhere.
+                self.sound = !rows.first().is_some_and(rows::is_of_standby);
                 Ok(rows)
             }
             Ok(Err(error)) => {
-                // An error is sent before its transaction is rolled back, and its locks are held till then.
-                self.sound = error.as_database_error().is_some()
+                // An error is sent before its transaction is rolled back, and its locks are held till then. What may only be
+                // read is a standby by now.
+                self.sound = error.as_database_error().is_some_and(|it| it.code().as_deref() != Some("25006"))
                     && tokio::time::timeout(MARGIN, self.conn.ping()).await.is_ok_and(|ready| ready.is_ok());
                 Err(error.into())
             }
@@ -163,9 +185,27 @@ impl Drop for Lease {
     }
 }
 
-/// One statement on a connection of `pool`.
-pub(super) async fn fetch(pool: &PgPool, query: Query<'_, Postgres, PgArguments>) -> Result<Vec<PgRow>, Failure> {
-    Lease::of(pool).await?.fetch(query).await
+/// One statement on a connection of `pool`, which may run twice: where its connection is found broken it is run on
+/// another. After an outage every connection of the pool may be broken, and who asks first is not to pay for each.
+pub(super) async fn fetch<'q>(
+    pool: &PgPool,
+    query: impl Fn() -> Query<'q, Postgres, PgArguments>,
+) -> Result<Vec<PgRow>, Failure> {
+    for _ in 0..pool.options().get_max_connections() {
+        match Lease::of(pool).await?.fetch(query()).await {
+            Err(failure) if failure.is_broken_connection() => {}
+            answer => return answer,
+        }
+    }
+    Lease::of(pool).await?.fetch(query()).await
+}
+
+/// A step of opening: a server that falls silent in it counts as out of reach.
+pub(super) async fn within<T>(
+    limit: Duration,
+    step: impl Future<Output = Result<T, OpenError>>,
+) -> Result<T, OpenError> {
+    tokio::time::timeout(limit, step).await.unwrap_or_else(|_| Err(Failure::Silent(limit).into()))
 }
 
 // === impl Failure ===
@@ -181,6 +221,24 @@ impl Failure {
         Some(error.as_database_error()?.code()?.into_owned())
     }
 
+    /// What PostgreSQL says, or a function of ours.
+    pub(super) fn message(&self) -> Option<String> {
+        let Self::Sql(error) = self else { return None };
+        Some(error.as_database_error()?.message().to_owned())
+    }
+
+    /// Whether PostgreSQL was inside this function of ours.
+    pub(super) fn is_in(&self, function: &str) -> bool {
+        let Self::Sql(sqlx::Error::Database(error)) = self else { return false };
+        let error = error.try_downcast_ref::<PgDatabaseError>();
+        error.and_then(PgDatabaseError::r#where).is_some_and(|context| context.contains(function))
+    }
+
+    /// Whether it says so at once; one that is silent may be sound.
+    fn is_broken_connection(&self) -> bool {
+        matches!(self, Self::Sql(sqlx::Error::Io(_))) || self.code().is_some_and(|code| code.starts_with("57P"))
+    }
+
     pub(super) fn cause(self) -> Cause {
         Arc::new(self)
     }
@@ -188,8 +246,8 @@ impl Failure {
     /// Whether trying again later may help.
     pub(super) fn passes(&self) -> bool {
         match self {
-            Self::NoConnection(_) | Self::Silent(_) => true,
-            Self::Shape(_) => false,
+            Self::NoConnection(_) | Self::Silent(_) | Self::Standby => true,
+            Self::Shape(_) | Self::Another => false,
             Self::Sql(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();
                 ["08", "25", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class))
@@ -216,15 +274,25 @@ impl From<Failure> for StoreError {
 impl From<Failure> for OpenError {
     /// What a person has to put right is refused; the rest is worth another try.
     fn from(failure: Failure) -> Self {
+        if let Failure::NoConnection(error) = &failure
+            && let Some(why) = distrust(error)
+        {
+            return Self::Refused(format!(
+                "there is no trusted connection to PostgreSQL: {why}; look at the host, sslmode and sslrootcert of the \
+                 database URL"
+            ));
+        }
         let code = match &failure {
             Failure::NoConnection(error) | Failure::Sql(error) => {
                 error.as_database_error().and_then(|error| Some(error.code()?.into_owned())).unwrap_or_default()
             }
-            Failure::Silent(_) | Failure::Shape(_) => String::new(),
+            Failure::Silent(_) | Failure::Standby | Failure::Another | Failure::Shape(_) => String::new(),
         };
         let sentence = match code.as_str() {
             "3D000" => "the database that the URL names does not exist",
-            "42501" => "our database role may not use the schema rolecache, or not the tables users and mailboxes",
+            "42501" => {
+                "our database role lacks rights on the schema rolecache; docs/postgresql.md has all that it needs"
+            }
             "08P01" => {
                 "our start-up options are refused, as by a pooler; let it ignore them (PgBouncer: \
                  ignore_startup_parameters = options)"

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     role::{Anchor, RoleName, UserRow},
-    store::{SNAPSHOT_LIMIT, Snapshot, StoreError},
+    store::{Facts, SNAPSHOT_LIMIT, Snapshot, StoreError},
 };
 
 const BEGIN: &str = "begin transaction isolation level repeatable read read only";
@@ -36,7 +36,7 @@ struct Cursor {
     until: Instant,
 }
 
-pub(super) async fn open(url: &PgConnectOptions, default: RoleName) -> Result<Box<dyn Snapshot>, StoreError> {
+pub(super) async fn open(url: &PgConnectOptions, facts: &Facts) -> Result<Box<dyn Snapshot>, StoreError> {
     let until = Instant::now() + SNAPSHOT_LIMIT;
     let options = session::session(url, SNAPSHOT_LIMIT)
         .options([("idle_in_transaction_session_timeout", format!("{}s", SNAPSHOT_LIMIT.as_secs()))]);
@@ -48,8 +48,8 @@ pub(super) async fn open(url: &PgConnectOptions, default: RoleName) -> Result<Bo
         Ok::<_, sqlx::Error>(rows)
     };
     let rows = within(until, begun).await?;
-    let anchor = rows::meta(rows::first(&rows)?)?.head;
-    Ok(Box::new(Cursor { conn: Some(conn), anchor, default, until }))
+    let anchor = rows::meta(rows::first(&rows)?, facts)?.head;
+    Ok(Box::new(Cursor { conn: Some(conn), anchor, default: facts.default_role.clone(), until }))
 }
 
 #[async_trait]

@@ -14,10 +14,10 @@ const TRIGGERS: &str = "
       coalesce(p.proname = w.function and n.nspname = 'rolecache' and g.tgtype = w.kind and g.tgattr = ''
         and (g.tgqual is not null) = w.has_condition and g.tginitdeferred = w.is_deferred, false) as ours
     from (values
-      ('public.users', 'rolecache_insert', 'log_row', 5, false, false),
-      ('public.users', 'rolecache_update', 'log_row', 17, true, false),
-      ('public.users', 'rolecache_delete', 'log_row', 9, false, false),
-      ('public.users', 'rolecache_truncate', 'log_truncate', 34, false, false),
+      ('public.users', '_rolecache_insert', 'log_row', 5, false, false),
+      ('public.users', '_rolecache_update', 'log_row', 17, true, false),
+      ('public.users', '_rolecache_delete', 'log_row', 9, false, false),
+      ('public.users', '_rolecache_truncate', 'log_truncate', 34, false, false),
       ('rolecache.commits', 'number_commit', 'number_commit', 5, true, true)
     ) as w (place, name, function, kind, has_condition, is_deferred)
     left join pg_trigger g on g.tgrelid = to_regclass(w.place) and g.tgname = w.name and not g.tgisinternal
@@ -27,7 +27,7 @@ const TRIGGERS: &str = "
 
 impl Postgres {
     pub(super) async fn check_triggers(&self) -> Result<Vec<String>, StoreError> {
-        let rows = session::fetch(&self.pools.upkeep, sqlx::query(TRIGGERS)).await?;
+        let rows = session::fetch(&self.pools.upkeep, || sqlx::query(TRIGGERS)).await?;
         Ok(sentences(&rows)?)
     }
 }

@@ -27,7 +27,7 @@ pub(super) type Answer = Result<Written, WriteError>;
 #[derive(Debug)]
 pub(super) enum Failed {
     /// Some call of it takes the transaction down: find out which.
-    Guilty(String),
+    Guilty(Refusal),
     /// No call is at fault.
     All(WriteError),
 }
@@ -50,9 +50,7 @@ pub(super) async fn write(live: &Live, facts: &Facts, calls: &[Call]) -> Vec<Ans
             (Ok(answered), _) => answers.extend(answered),
             (Err(_), []) => {}
             (Err(Failed::All(error)), _) => answers.extend(part.iter().map(|_| Err(error.clone()))),
-            (Err(Failed::Guilty(cause)), [_]) => {
-                answers.push(Err(WriteError::Refused(Refusal::Rejected { cause })));
-            }
+            (Err(Failed::Guilty(refusal)), [_]) => answers.push(Err(WriteError::Refused(refusal))),
             (Err(Failed::Guilty(_)), _) => {
                 let (first, second) = part.split_at(part.len() / 2);
                 parts.extend([second, first]);
@@ -141,7 +139,7 @@ async fn transaction(
     match sqlx::query("commit").execute(connection).await {
         Ok(_) => Ok(()),
         // A deferred foreign key of the bot's own tables.
-        Err(error) if is_rejection(&error) => Err(Failed::Guilty(error.to_string())),
+        Err(error) if is_rejection(&error) => Err(Failed::Guilty(Refusal::Rejected { cause: error.to_string() })),
         Err(error) => Err(error.into()),
     }
 }

@@ -54,7 +54,7 @@ impl<'a> Batch<'a> {
              from rolecache_head h left join json_each(?1) j left join users u on u.user_id = j.value"
         );
         let found = sqlx::query(AssertSqlSafe(sql)).bind(users::json(&ids)).fetch_all(&mut *connection).await?;
-        let Some(first) = found.first() else { return Err(broken("rolecache_feed is empty")) };
+        let first = rows::first(&found)?;
         let mut batch = Self {
             users,
             facts,
@@ -128,12 +128,12 @@ impl<'a> Batch<'a> {
                 sqlx::query("release one_call").execute(&mut *self.connection).await?;
                 Ok(Ok(written))
             }
-            Err(cause) => {
+            Err(refusal) => {
                 let undone = sqlx::query("rollback to one_call; release one_call").execute(&mut *self.connection).await;
                 match undone {
-                    Ok(_) => Ok(Err(WriteError::Refused(Refusal::Rejected { cause }))),
+                    Ok(_) => Ok(Err(WriteError::Refused(refusal))),
                     // A RAISE(ROLLBACK) takes the neighbours with it.
-                    Err(error) if is_rejection(&error) => Err(Failed::Guilty(cause)),
+                    Err(error) if is_rejection(&error) => Err(Failed::Guilty(refusal)),
                     Err(error) => Err(error.into()),
                 }
             }
@@ -177,7 +177,7 @@ impl<'a> Batch<'a> {
     }
 
     /// Runs the steps and answers what they logged, or why the bot's own tables refuse them.
-    async fn steps(&mut self, call: &Call, steps: &[Step]) -> Result<Result<Vec<LoggedChange>, String>, Failed> {
+    async fn steps(&mut self, call: &Call, steps: &[Step]) -> Result<Result<Vec<LoggedChange>, Refusal>, Failed> {
         for (index, step) in steps.iter().enumerate() {
             let sql = self.statement(step);
             // In one go with the first step: each trip to the connection's thread costs as much as a statement.
@@ -187,17 +187,22 @@ impl<'a> Batch<'a> {
             };
             let done = done.fetch_all(&mut *self.connection).await;
             match done {
-                Ok(rows) if rows.is_empty() => return Ok(Err(format!("a trigger of the table swallowed: {sql}"))),
+                Ok(rows) if rows.is_empty() => return Ok(rejected(format!("a trigger of the table swallowed: {sql}"))),
                 Ok(_) => {}
-                Err(error) if is_rejection(&error) => return Ok(Err(error.to_string())),
+                Err(error) if is_rejection(&error) => return Ok(rejected(error.to_string())),
                 Err(error) => return Err(error.into()),
             }
         }
         let logged = self.sign(call).await?;
+        // What the table's own triggers, keys and conflicts did to others was done by the caller.
+        let roles = logged.iter().flat_map(|logged| [&logged.change.old, &logged.change.new]).flatten();
+        if let Some(role) = roles.into_iter().find(|role| !call.grant.covers(role, &self.facts.default_role)) {
+            return Ok(Err(Refusal::NotGranted { role: role.clone() }));
+        }
         for (user, role) in steps.iter().filter_map(Step::outcome) {
             let last = logged.iter().rev().find(|logged| logged.change.user == user);
             if last.is_none_or(|last| last.change.new.as_ref() != role) {
-                return Ok(Err(format!("a trigger of the table kept user {user} from what was written")));
+                return Ok(rejected(format!("a trigger of the table kept user {user} from what was written")));
             }
         }
         Ok(Ok(logged))
@@ -269,6 +274,10 @@ impl<'a> Batch<'a> {
             _ => Written { revision: self.head.revision, at: now(), changes },
         }
     }
+}
+
+fn rejected<T>(cause: String) -> Result<T, Refusal> {
+    Err(Refusal::Rejected { cause })
 }
 
 fn bound<'q>(query: Query<'q, Sqlite, SqliteArguments>, step: &'q Step) -> Query<'q, Sqlite, SqliteArguments> {

@@ -25,8 +25,9 @@ use super::file::{Identity, Looker};
 /// How long to wait for a place.
 const ACQUIRE: Duration = Duration::from_secs(2);
 
-/// Steps of SQLite's machine between two looks at whether somebody still waits: well below a millisecond.
-const STEPS: i32 = 1_000;
+/// Steps of SQLite's machine between two looks at whether somebody still waits: a few rows, each of which may take
+/// milliseconds in a table that works columns out.
+const STEPS: i32 = 100;
 
 /// Where connections come from: one file, and so many places.
 #[derive(Clone)]
@@ -97,7 +98,11 @@ impl Source {
             looker.must_find(identity).await?;
             Ok(connection)
         });
-        connecting.await.map_err(|_| sqlx::Error::WorkerCrashed)?
+        match connecting.await {
+            Ok(connected) => connected,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(sqlx::Error::WorkerCrashed),
+        }
     }
 }
 

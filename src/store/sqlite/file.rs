@@ -54,12 +54,14 @@ impl Identity {
     }
 
     /// The same, with the write-ahead log at `path` where that is the one which this process has open: SQLite makes it as
-    /// late as at the first read or write, after our last look maybe. Asked before the connections close.
+    /// late as at the first read or write, after our last look maybe. Without one where it is another's. Asked before the
+    /// connections close: as soon as they are, a new file may get the number of a log that was removed.
     pub(super) fn with_open_wal(self, path: &Path) -> Self {
         let at_path = number(&beside(path, "-wal")).ok();
-        let open = std::fs::read_dir("/dev/fd").into_iter().flatten().flatten();
-        let is_open = at_path.is_some() && open.into_iter().any(|file| number(&file.path()).ok() == at_path);
-        if is_open { Self { wal: at_path, ..self } } else { self }
+        let mut open = std::fs::read_dir("/dev/fd").into_iter().flatten().flatten();
+        let is_ours =
+            at_path.is_some() && (at_path == self.wal || open.any(|file| number(&file.path()).ok() == at_path));
+        Self { wal: at_path.filter(|_| is_ours), ..self }
     }
 
     /// Removes the write-ahead log of a file that is no longer at `path`: SQLite would play it into the one that is now.
@@ -85,7 +87,10 @@ impl Looker {
     pub(super) fn start(path: PathBuf) -> io::Result<Arc<Self>> {
         let shared = Arc::new(Shared { path, asked: Mutex::default(), changed: Condvar::new() });
         let looking = shared.clone();
-        thread::Builder::new().name("rolecache-file".to_owned()).spawn(move || looking.run())?;
+        thread::Builder::new().name("rolecache-file".to_owned()).spawn(move || {
+            let _over = Over(&looking);
+            looking.run();
+        })?;
         Ok(Arc::new(Self { shared }))
     }
 
@@ -94,6 +99,9 @@ impl Looker {
         let (tell, told) = oneshot::channel();
         {
             let mut asked = self.shared.lock();
+            if asked.over {
+                return Err(io::Error::other("nobody looks at the file any more"));
+            }
             asked.waiting.retain(|waiting| !waiting.is_closed());
             asked.waiting.push(tell);
         }
@@ -108,6 +116,17 @@ impl Looker {
             true => Ok(()),
             false => Err(io::Error::other("the database file was replaced")),
         }
+    }
+}
+
+/// The end of the thread that looks: whoever waits for it is told.
+struct Over<'a>(&'a Shared);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        let mut asked = self.0.lock();
+        asked.over = true;
+        asked.waiting.clear();
     }
 }
 
@@ -167,4 +186,44 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn only_a_log_that_is_still_at_the_path_is_removed_with_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, wal) = (dir.path().join("a.db"), dir.path().join("a.db-wal"));
+        let look = || {
+            fs::write(&path, "file").unwrap();
+            fs::write(&wal, "log").unwrap();
+            (Identity::of(&path).unwrap(), fs::File::open(&path).unwrap(), fs::File::open(&wal).unwrap())
+        };
+        let replace = || {
+            fs::remove_file(&path).unwrap();
+            fs::write(&path, "another file").unwrap();
+        };
+
+        let (old, open_file, open_log) = look();
+        replace();
+        let noted = old.with_open_wal(&path);
+        drop((open_file, open_log));
+        noted.remove_old_wal(&path);
+        assert!(!wal.exists(), "the old log would be played into the new file");
+
+        // Removed together with the file: the number of the log is free once the connections are closed.
+        let (old, open_file, open_log) = look();
+        fs::remove_file(&wal).unwrap();
+        replace();
+        let noted = old.with_open_wal(&path);
+        assert_eq!(noted, old.without_wal());
+        drop((open_file, open_log));
+        fs::write(&wal, "what another program has committed since").unwrap();
+        noted.remove_old_wal(&path);
+        assert!(wal.exists(), "another program's commits are gone");
+    }
 }

@@ -62,8 +62,14 @@ pub(super) enum Step {
 impl Known {
     /// The steps of a call, none where it has nothing to do, in the order in which their changes are logged.
     pub(super) fn plan(&self, call: &Call, facts: &Facts) -> Result<Vec<Step>, Refusal> {
+        let within = |role: &RoleName| match call.grant.covers(role, &facts.default_role) {
+            true => Ok(()),
+            false => Err(Refusal::NotGranted { role: role.clone() }),
+        };
         match &call.op {
             Op::Set { user, role, username, expected, .. } => {
+                within(role)?;
+                within(&self.role(*user, facts))?;
                 let now = self.users.get(user);
                 let matches = |expected: &str| match now {
                     Some(now) => now.role.as_str() == expected,
@@ -75,6 +81,8 @@ impl Known {
                 Ok(self.give(*user, role, username.as_deref()))
             }
             Op::Transfer { from, to, mailbox, demote_from, to_username, .. } => {
+                let admin = &facts.admin_role;
+                within(admin)?;
                 let mut steps = Vec::new();
                 match mailbox {
                     Some(mailbox) => match self.mailboxes.get(mailbox) {
@@ -91,7 +99,10 @@ impl Known {
                         }
                     }
                 }
-                let admin = &facts.admin_role;
+                within(&self.role(*to, facts))?;
+                if *demote_from {
+                    within(&self.role(*from, facts))?;
+                }
                 steps.extend(self.give(*to, admin, to_username.as_deref()));
                 if let Some(known) = self.users.get(to).filter(|known| known.role == *admin) {
                     let username = to_username.clone().or_else(|| known.username.clone());
@@ -102,10 +113,13 @@ impl Known {
                 }
                 Ok(steps)
             }
-            Op::Delete { user, .. } => match self.users.contains_key(user) {
-                true => Ok(vec![Step::Delete { user: *user }]),
-                false => Ok(Vec::new()),
-            },
+            Op::Delete { user, .. } => {
+                within(&self.role(*user, facts))?;
+                match self.users.contains_key(user) {
+                    true => Ok(vec![Step::Delete { user: *user }]),
+                    false => Ok(Vec::new()),
+                }
+            }
             Op::Register { mailbox, creator } => match self.mailboxes.get(mailbox) {
                 None => Ok(vec![Step::InsertMailbox { mailbox: *mailbox, creator: *creator }]),
                 Some(known) if known == creator => Ok(Vec::new()),

@@ -5,6 +5,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use futures::{Stream, TryStreamExt};
 use sqlx::{Row, sqlite::SqliteRow};
 
 use super::error::broken;
@@ -22,6 +23,23 @@ pub(super) struct LoggedChange {
     pub(super) row: i64,
     pub(super) revision: Revision,
     pub(super) change: Change,
+}
+
+/// Rows as what they say, one by one: as the driver has them they take many times as much memory.
+pub(super) async fn each<T>(
+    mut rows: impl Stream<Item = Result<SqliteRow, sqlx::Error>> + Unpin,
+    read: impl Fn(&SqliteRow) -> Result<T, StoreError>,
+) -> Result<Vec<T>, StoreError> {
+    let mut all = Vec::new();
+    while let Some(row) = rows.try_next().await? {
+        all.push(read(&row)?);
+    }
+    Ok(all)
+}
+
+/// The first row of a statement that has the head beside whatever it looks for.
+pub(super) fn first(rows: &[SqliteRow]) -> Result<&SqliteRow, StoreError> {
+    rows.first().ok_or_else(|| broken("rolecache_feed has no row"))
 }
 
 pub(super) fn text(row: &SqliteRow, column: usize) -> Result<Option<String>, sqlx::Error> {

@@ -225,12 +225,11 @@ pub(super) async fn install(connection: &mut SqliteConnection, users: &Users, is
         }
     }
     if !is_new && !wrong.is_empty() {
-        sqlx::raw_sql(
-            "update rolecache_feed
-             set trimmed_revision = (select revision from rolecache_head), trimmed_tag = randomblob(16);
-             update rolecache_commits set tag = (select trimmed_tag from rolecache_feed)
-             where id = (select trimmed_revision from rolecache_feed)",
-        )
+        sqlx::raw_sql(AssertSqlSafe(format!(
+            "insert into rolecache_commits (tag, committed_at, size) values (randomblob(16), {NOW}, 0);
+             update rolecache_feed set (trimmed_revision, trimmed_tag) =
+               (select id, tag from rolecache_commits order by id desc limit 1)"
+        )))
         .execute(&mut *transaction)
         .await?;
     }

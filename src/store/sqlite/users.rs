@@ -19,10 +19,7 @@ pub(super) async fn roles(pool: &Pool, default_role: &RoleName, users: &[UserId]
     .fetch_all(&mut *lease)
     .await;
     let found = lease.end(found)?;
-    let Some(first) = found.first() else {
-        return Err(super::error::broken("rolecache_feed is empty"));
-    };
-    let head = rows::anchor(first, 0)?;
+    let head = rows::anchor(rows::first(&found)?, 0)?;
     let role = |row| Ok(rows::role(row, 2)?.unwrap_or_else(|| default_role.clone()));
     // Nobody asked for still gives the row with the head.
     let roles = found.iter().take(users.len()).map(role).collect::<Result<_, StoreError>>()?;
@@ -69,10 +66,7 @@ pub(super) async fn list(
         .fetch_all(&mut *lease)
         .await;
     let found = lease.end(found)?;
-    let Some(first) = found.first() else {
-        return Err(super::error::broken("rolecache_feed is empty"));
-    };
-    let head = rows::anchor(first, 0)?;
+    let head = rows::anchor(rows::first(&found)?, 0)?;
     let is_user = |row: &&sqlx::sqlite::SqliteRow| matches!(row.try_get::<Option<i64>, _>(2), Ok(Some(_)));
     let users = found.iter().filter(is_user).map(|row| rows::user(row, 2)).collect::<Result<_, _>>()?;
     Ok(UserPage { head, users })

@@ -99,6 +99,11 @@ async fn what_cannot_be_served_is_refused_without_a_trace() {
             "create table users (user_id int primary key, role text generated always as ('x') stored)",
             "its column role is generated",
         ),
+        (
+            "create collation loose (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+             create table users (user_id int primary key, role text collate loose)",
+            "its column role takes different texts for equal",
+        ),
     ] {
         let database = Postgres::shared().fresh_database().await;
         psql(&database.url, tables);

@@ -13,7 +13,7 @@ use rolecache::{
     store::{ListPosition, LogError, Position, Store, StoreError, Trimmed},
 };
 
-use super::{fresh, log, log_in_pages, open, role_of, set, told, with_id};
+use super::{Bell, fresh, log, log_in_pages, open, role_of, set, told, with_id};
 use crate::support::postgres::{Postgres, Session, copy_script, dump, psql, try_psql};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -77,8 +77,8 @@ async fn a_commit_of_a_million_changes_is_read_in_pages() {
     psql(
         &database.url,
         "alter table users disable trigger all; insert into users select g, 'user' from generate_series(1, 1000000) g;
-         alter table users enable always trigger rolecache_insert, enable always trigger rolecache_update,
-           enable always trigger rolecache_delete, enable always trigger rolecache_truncate",
+         alter table users enable always trigger _rolecache_insert, enable always trigger _rolecache_update,
+           enable always trigger _rolecache_delete, enable always trigger _rolecache_truncate",
     );
     let started = Instant::now();
     psql(&database.url, "update users set role = 'admin'");
@@ -162,7 +162,7 @@ async fn a_dump_restored_elsewhere_is_the_same_store() {
         assert_eq!(after[..before.len()], before);
         assert_eq!(after.len(), before.len() + 40);
     }
-    // Data only, into a schema that is there: nothing is logged or numbered anew.
+    // Data only, into a schema that is there: nothing is logged or numbered anew. Its triggers are, and mark that.
     let copy = other.fresh_database().await;
     drop(open(&copy.url).await);
     psql(&copy.url, "truncate rolecache.feed, rolecache.migrations");
@@ -173,7 +173,7 @@ async fn a_dump_restored_elsewhere_is_the_same_store() {
     let kept = ListPosition { revision: Revision(0), inside: None, kept_only: true };
     let changes = restored.list_changes(None, kept, 100).await.unwrap().changes;
     assert_eq!(changes.len(), before.iter().map(|commit| commit.changes.len()).sum::<usize>());
-    assert_eq!(restored.head().await.unwrap().revision, before.last().unwrap().revision);
+    assert_eq!(restored.head().await.unwrap().revision.0, before.last().unwrap().revision.0 + 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -296,15 +296,15 @@ async fn a_trigger_that_is_off_is_reported() {
     let (database, store) = fresh().await;
     psql(
         &database.url,
-        "alter table users disable trigger rolecache_update; drop trigger rolecache_truncate on users;
+        "alter table users disable trigger _rolecache_update; drop trigger _rolecache_truncate on users;
                          alter table rolecache.commits enable trigger number_commit",
     );
     let mut sentences = store.check_triggers().await.unwrap();
     sentences.sort();
     assert_eq!(sentences.len(), 3, "{sentences:?}");
     assert!(
-        sentences[0].contains("number_commit")
-            && sentences[1].contains("rolecache_truncate of public.users is missing")
+        sentences[0].contains("_rolecache_truncate of public.users is missing")
+            && sentences[2].contains("number_commit")
     );
     let store = open(&database.url).await;
     assert_eq!(store.check_triggers().await.unwrap(), [""; 0]);
@@ -335,7 +335,7 @@ async fn commits_that_were_never_numbered_are_kept() {
 #[tokio::test(flavor = "multi_thread")]
 async fn triggers_are_made_anew_once_writers_are_done() {
     let (database, store) = fresh().await;
-    psql(&database.url, "insert into users values (1, 'a'); drop trigger rolecache_update on users");
+    psql(&database.url, "insert into users values (1, 'a'); drop trigger _rolecache_update on users");
     let head = store.head().await.unwrap();
     let mut bot = Session::open(&database.url);
     bot.run("begin; update users set role = 'b';");
@@ -363,14 +363,10 @@ async fn a_server_that_comes_back_is_listened_to_again() {
     let server = tokio::task::spawn_blocking(Postgres::start_own).await.unwrap();
     let database = server.fresh_database().await;
     let store = open(&database.url).await;
-    let (rung, mut rings) = tokio::sync::mpsc::unbounded_channel();
-    let listening = tokio::spawn({
-        let store = store.clone();
-        async move { store.listen(&move || rung.send(()).unwrap()).await }
-    });
-    rings.recv().await.unwrap();
+    let mut bell = Bell::of(&store);
+    bell.rings().await;
     psql(&database.url, "insert into users values (1, 'a')");
-    rings.recv().await.unwrap();
+    bell.rings().await;
     let before = log(&*store).await;
     for stop in [Postgres::kill, Postgres::stop] {
         tokio::task::block_in_place(|| stop(&server));
@@ -379,15 +375,15 @@ async fn a_server_that_comes_back_is_listened_to_again() {
         let lost = store.write(&[set(7, "x")]).await.remove(0);
         assert!(matches!(lost, Err(rolecache::store::WriteError::Unreachable(_))), "{lost:?}");
         assert!(outage.elapsed() < Duration::from_secs(8), "{:?}", outage.elapsed());
+        // Before the start: the listener may be back before we are told that the server is.
+        bell.forget();
         tokio::task::block_in_place(|| server.start());
-        while rings.try_recv().is_ok() {}
-        rings.recv().await.unwrap();
+        bell.rings().await;
         assert_eq!(log_in_pages(&*store, 10).await.unwrap()[..before.len()], before);
     }
     store.write(&[set(7, "x")]).await.remove(0).unwrap();
     assert_eq!(role_of(&*store, 7).await, "x");
     assert_eq!(store.poll_at_least_every(), None);
     assert_eq!(told(&log(&*store).await[before.len()..]), "7:-x\n");
-    listening.abort();
     store.close().await;
 }

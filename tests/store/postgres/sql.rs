@@ -1,6 +1,6 @@
 //! Plain SQL of every kind, through the real psql: each change is logged once, as the row became.
 
-use rolecache::role::{Origin, UserId};
+use rolecache::role::{Origin, RoleName, UserId};
 
 use super::{fresh, log, logged, role_of, told};
 use crate::support::postgres::{Session, psql, try_psql};
@@ -18,6 +18,86 @@ async fn single_statements_are_logged() {
     );
     assert_eq!(logged("update users set role = 'x'").await, "1:user-x 2:admin-x 3:user-x\n");
     assert_eq!(logged("copy users from stdin;\n7\tadmin\tann\n8\t\\N\t\\N\n\\.\n").await, "7:-admin 8:-user\n");
+}
+
+/// Whatever the bot's own triggers make of other rows, of the same row, and of its key, before ours or after them: the last
+/// word in the log on each user is what the table holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn triggers_may_change_rows_again() {
+    for (name, deferred) in [("Before", false), ("later", false), ("Before", true), ("later", true)] {
+        let (database, store) = fresh().await;
+        psql(
+            &database.url,
+            &format!(
+                "create function again() returns trigger language plpgsql as $$ begin
+                   if tg_op = 'DELETE' then
+                     if old.role = 'lasting' then insert into users values (old.user_id, 'admin'); end if;
+                   elsif new.role = 'short' then
+                     delete from users where user_id = new.user_id;
+                   elsif new.role = 'moving' then
+                     update users set user_id = user_id + 100, role = 'moved' where user_id = new.user_id;
+                   elsif new.role = 'first' then
+                     update users set role = 'second', username = 'again' where role = 'first';
+                   elsif new.role = 'back' then
+                     update users set role = old.role where user_id = new.user_id;
+                   elsif new.role = 'swap' then
+                     update users set role = 'x' where role = 'swap' and user_id <> new.user_id;
+                   elsif new.role = 'none' then
+                     update users set role = null where user_id = new.user_id;
+                   end if;
+                   return null;
+                 end $$;
+                 create trigger \"{name}\" after insert or update or delete on users for each row execute function again()"
+            ),
+        );
+        for sql in [
+            "insert into users values (1, 'short'), (2, 'moving'), (3, 'first'), (4, 'first'), (5, 'x'), (6, 'none')",
+            "insert into users values (7, 'lasting'), (8, 'y'), (9, 'lasting'), (20, 'x'), (21, 'x'), (22, 'x')",
+            "update users set role = 'back' where user_id = 5",
+            "update users set role = 'swap' where user_id in (20, 21, 22)",
+            "update users set role = 'first' where user_id in (3, 5, 8)",
+            "delete from users where user_id in (7, 8)",
+            "update users set user_id = 10, role = 'short' where user_id = 3",
+            "update users set user_id = 11, role = 'moving' where user_id = 4",
+            "insert into users values (5, 'short') on conflict (user_id) do update set role = excluded.role",
+            "update users set user_id = 12 where user_id = 9",
+            "truncate users",
+        ] {
+            let immediate = if deferred { "" } else { "set constraints all immediate;" };
+            psql(&database.url, &format!("begin; {immediate} {sql}; commit"));
+            let mut said = std::collections::BTreeMap::new();
+            for commit in log(&*store).await {
+                said.extend(commit.changes.into_iter().map(|change| (change.user.0, (change.new, change.username))));
+            }
+            let line = |(user, (role, username)): (i64, (Option<RoleName>, Option<Box<str>>))| {
+                Some(format!("{user}|{}|{}\n", role?, username.unwrap_or_default()))
+            };
+            let said: String = said.into_iter().filter_map(line).collect();
+            let held = psql(
+                &database.url,
+                "select user_id, coalesce(nullif(role, ''), 'user'), username from users order by 1",
+            );
+            assert_eq!(said.trim_end(), held, "{name}: after {sql}");
+        }
+        store.close().await;
+    }
+}
+
+/// Of a user whom one statement takes and gives each change goes on from the one before.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_change_hands_in_one_statement_are_told_in_a_chain() {
+    let (database, store) = fresh().await;
+    psql(&database.url, "insert into users values (1, 'user', 'ann'), (2, 'admin', 'bob'), (3, 'x', 'cid')");
+    psql(&database.url, "update users set user_id = user_id - 1");
+    psql(
+        &database.url,
+        "with gone as (delete from users where user_id = 0 returning *) insert into users select user_id, 'y' from gone",
+    );
+    let commits = log(&*store).await;
+    let said = "1:user- 0:-user 2:admin- 1:-admin 3:x- 2:-x\n0:user- 0:-y\n";
+    assert_eq!(told(&commits[1..]), said);
+    let names: Vec<_> = commits[1].changes.iter().map(|change| change.username.as_deref().unwrap()).collect();
+    assert_eq!(names, ["ann", "ann", "bob", "bob", "cid", "cid"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

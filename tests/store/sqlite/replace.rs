@@ -1,6 +1,9 @@
 //! OR REPLACE removes rows without a DELETE trigger, also of users that the statement does not name.
 
-use rolecache::store::Store;
+use rolecache::{
+    role::RoleName,
+    store::{Call, Grant, Refusal, Store, WriteError},
+};
 
 use crate::{
     fixtures::{Fixture, SqliteFile},
@@ -186,5 +189,25 @@ async fn our_own_writes_meet_a_table_that_replaces() {
     assert_eq!(said(&answers[1].as_ref().unwrap().changes), "2: - > helper");
     assert_eq!(answers[1].as_ref().unwrap().changes[0].index, 2);
     assert_log_leads_to_table(&database, &store).await;
+    store.close().await;
+}
+
+#[tokio::test]
+async fn nobody_replaces_an_admin_who_may_not_take_that_role() {
+    let database = SqliteFile::fresh().await;
+    database
+        .sql("create table users (user_id integer primary key, role text, username text unique on conflict replace)");
+    let store = database.open().await;
+    write(&store, set_named(1, "admin", "eve")).await.unwrap();
+    write(&store, set(2, "user")).await.unwrap();
+    let head = store.head().await.unwrap();
+    for user in [2, 3] {
+        let call = Call { grant: Grant::Only([].into()), ..set_named(user, "user", "eve") };
+        let refused = write(&store, call).await.unwrap_err();
+        let admin = RoleName::held("admin");
+        assert!(matches!(refused, WriteError::Refused(Refusal::NotGranted { role }) if role == admin));
+    }
+    assert_eq!(store.head().await.unwrap(), head);
+    assert_eq!(database.sql("select user_id, role, username from users"), "1|admin|eve\n2|user|");
     store.close().await;
 }

@@ -1,6 +1,7 @@
 //! The suite: every function takes a kind of store and proves one promise on a fresh one.
 
 pub mod adoption;
+pub mod grants;
 pub mod log;
 pub mod order;
 pub mod plain_sql;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 
 use rolecache::{
     role::{Anchor, Change, Commit, MailboxId, RoleName, UserId},
-    store::{Call, Op, Position, Refusal, RequestId, Store, WriteError, Written},
+    store::{Call, Grant, Op, Position, Refusal, RequestId, Store, WriteError, Written},
 };
 
 /// Every test of the suite on one kind of store.
@@ -24,6 +25,13 @@ macro_rules! for_store {
                     tables_that_cannot_be_served_are_refused_untouched, settings_that_differ_are_refused,
                     no_migrate_only_checks, a_restart_keeps_the_store_and_its_revisions, a_missing_trigger_is_reported,
                     what_was_missed_without_a_trigger_is_not_passed_over, what_was_missed_is_not_passed_over_after_a_trim;
+                grants: a_role_within_the_grant_is_given_and_taken, a_role_outside_the_grant_is_neither_given_nor_taken,
+                    a_username_is_set_within_the_grant, only_those_within_the_grant_are_deleted,
+                    a_transfer_needs_every_role_that_comes_or_goes, mailboxes_are_no_matter_of_grants,
+                    a_call_outside_its_grant_fails_alone, the_role_that_counts_is_the_one_at_the_write,
+                    no_order_of_writes_takes_what_is_not_granted,
+                    a_repeat_gets_its_first_answer_whatever_is_granted_now,
+                    what_the_table_does_to_others_is_the_callers_doing;
                 log: an_anchor_is_found_or_the_reason_told, a_log_is_read_in_whole_commits,
                     a_large_commit_is_read_in_parts, a_revision_is_located, a_log_with_a_hole_is_broken,
                     changes_are_listed_in_pages;
@@ -62,7 +70,7 @@ pub fn role(name: &str) -> RoleName {
 }
 
 pub fn call(op: Op) -> Call {
-    Call { actor: "bot".into(), request: None, op }
+    Call { actor: "bot".into(), grant: Grant::Any, request: None, op }
 }
 
 pub fn set(user: i64, to: &str) -> Call {

@@ -1,44 +1,30 @@
 //! The cache against a model: whatever the order in which commits, queries, evictions and new histories come, every
 //! entry is the store's state at `applied`, and every answer is true as of its revision.
-//!
-//! The store here is a list of states in memory, because the schedule has to decide when each query reads and when its
-//! answer arrives; the stores themselves are tested elsewhere.
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use async_trait::async_trait;
 use proptest::prelude::*;
 use tokio::{
-    sync::Semaphore,
     task::{JoinHandle, yield_now},
     time::{Instant, timeout},
 };
-use uuid::Uuid;
 
-use super::{Answer, Mode, Options, Query, ReadError, RoleCache, cache};
+use super::truth::{DEFAULT, State, Truth, anchor, role_in};
 use crate::{
-    role::{Anchor, Change, Commit, MailboxId, Origin, Revision, RoleName, Tag, UserId, UserRow},
+    cache::{Answer, Mode, Options, Query, ReadError, RoleCache, cache},
+    role::{Anchor, Change, Commit, Origin, Revision, RoleName, UserId},
     step::{self, Moment, Stepper},
-    store::{
-        Call, ChangePage, Facts, ListPosition, LogError, Page, Position, Roles, Snapshot, Store, StoreError, StoreKind,
-        Trimmed, UserPage, WriteError, Written,
-    },
 };
 
 const USERS: i64 = 4;
-const DEFAULT: &str = "user";
 /// One that no memory keeps.
 const LONG: &str = match std::str::from_utf8(&[b'x'; 300]) {
     Ok(text) => text,
     Err(_) => unreachable!(),
 };
-
-/// Who has which role; who is not in it has the default one.
-type State = BTreeMap<i64, &'static str>;
 
 /// One step of a schedule.
 #[derive(Clone, Debug)]
@@ -56,6 +42,8 @@ enum Op {
     /// A complete cache is loaded, and each chunk of its snapshot arrives.
     Load,
     LetChunkArrive,
+    /// The cache is compared with its store.
+    Check,
     /// The store loses its last commits, and the tailer finds out.
     Rewrite(usize),
 }
@@ -66,21 +54,6 @@ enum Freshness {
     /// At least the store's newest revision.
     Head,
     FullyConsistent,
-}
-
-/// All that the store was, by revision, in one history.
-struct Truth {
-    facts: Facts,
-    states: Mutex<Vec<State>>,
-    may_read: Semaphore,
-    may_arrive: Semaphore,
-    chunk_may_arrive: Arc<Semaphore>,
-}
-
-struct Chunks {
-    at: Revision,
-    rows: Vec<UserRow>,
-    may_arrive: Arc<Semaphore>,
 }
 
 /// A read on its way, and what it may expect.
@@ -102,124 +75,9 @@ struct World {
     ended: Vec<Vec<State>>,
     readers: Vec<Reader>,
     loads: Vec<JoinHandle<()>>,
+    check: Option<JoinHandle<()>>,
     /// The newest revision that any answer of this history had.
     told: Revision,
-}
-
-fn role_in(state: &State, user: i64) -> &'static str {
-    state.get(&user).copied().unwrap_or(DEFAULT)
-}
-
-fn anchor(revision: usize) -> Anchor {
-    Anchor { revision: Revision(revision as i64), tag: Tag(Uuid::nil()) }
-}
-
-// === impl Truth ===
-
-impl Truth {
-    fn new() -> Self {
-        let facts = Facts {
-            kind: StoreKind::Sqlite,
-            store_id: Uuid::nil(),
-            default_role: RoleName::held(DEFAULT),
-            admin_role: RoleName::held("admin"),
-            about: String::new(),
-            adopted: String::new(),
-        };
-        Self {
-            facts,
-            states: Mutex::new(vec![State::new()]),
-            may_read: Semaphore::new(0),
-            may_arrive: Semaphore::new(0),
-            chunk_may_arrive: Arc::new(Semaphore::new(0)),
-        }
-    }
-
-    fn newest(&self) -> (usize, State) {
-        let states = self.states.lock().unwrap();
-        (states.len() - 1, states.last().unwrap().clone())
-    }
-}
-
-#[async_trait]
-impl Store for Truth {
-    fn facts(&self) -> &Facts {
-        &self.facts
-    }
-
-    async fn head(&self) -> Result<Anchor, StoreError> {
-        Ok(anchor(self.newest().0))
-    }
-
-    async fn roles(&self, users: &[UserId]) -> Result<Roles, StoreError> {
-        self.may_read.acquire().await.unwrap().forget();
-        let (head, state) = self.newest();
-        self.may_arrive.acquire().await.unwrap().forget();
-        let roles = users.iter().map(|user| RoleName::held(role_in(&state, user.0))).collect();
-        Ok(Roles { head: anchor(head), roles })
-    }
-
-    async fn snapshot(&self) -> Result<Box<dyn Snapshot>, StoreError> {
-        let (head, state) = self.newest();
-        let row =
-            |(user, role): (&i64, &&str)| UserRow { user: UserId(*user), role: RoleName::held(role), username: None };
-        let rows = state.iter().filter(|(_, role)| **role != DEFAULT).map(row).collect();
-        Ok(Box::new(Chunks { at: Revision(head as i64), rows, may_arrive: self.chunk_may_arrive.clone() }))
-    }
-
-    async fn read_log(&self, _: &Position, _: usize) -> Result<Page, LogError> {
-        unreachable!("the test itself is the tailer")
-    }
-
-    async fn locate(&self, _: Revision, _: Option<Tag>) -> Result<Anchor, LogError> {
-        unreachable!()
-    }
-
-    async fn write(&self, _: &[Call]) -> Vec<Result<Written, WriteError>> {
-        unreachable!()
-    }
-
-    async fn mailbox(&self, _: MailboxId) -> Result<Option<UserId>, StoreError> {
-        unreachable!()
-    }
-
-    async fn list_users(&self, _: Option<&str>, _: Option<UserId>, _: usize) -> Result<UserPage, StoreError> {
-        unreachable!()
-    }
-
-    async fn list_changes(&self, _: Option<UserId>, _: ListPosition, _: usize) -> Result<ChangePage, LogError> {
-        unreachable!()
-    }
-
-    async fn trim(&self, _: Duration) -> Result<Trimmed, StoreError> {
-        unreachable!()
-    }
-
-    async fn check_triggers(&self) -> Result<Vec<String>, StoreError> {
-        unreachable!()
-    }
-
-    async fn listen(&self, _: &(dyn Fn() + Send + Sync)) -> StoreError {
-        unreachable!()
-    }
-
-    fn poll_at_least_every(&self) -> Option<Duration> {
-        None
-    }
-
-    async fn close(&self) {}
-}
-
-#[async_trait]
-impl Snapshot for Chunks {
-    fn anchor(&self) -> Anchor {
-        anchor(self.at.0 as usize)
-    }
-
-    async fn next(&mut self) -> Result<Vec<UserRow>, StoreError> {
-        self.may_arrive.acquire().await.unwrap().forget();
-        Ok(self.rows.pop().into_iter().collect())
-    }
 }
 
 // === impl World ===
@@ -242,6 +100,7 @@ impl World {
             ended: Vec::new(),
             readers: Vec::new(),
             loads: Vec::new(),
+            check: None,
             told: Revision(0),
         }
     }
@@ -268,6 +127,11 @@ impl World {
                 self.loads.push(tokio::spawn(async move { drop(cache.load().await) }));
             }
             Op::Load => {}
+            Op::Check if self.check.as_ref().is_none_or(JoinHandle::is_finished) => {
+                let cache = self.cache.clone();
+                self.check = Some(tokio::spawn(async move { drop(cache.check().await) }));
+            }
+            Op::Check => {}
             Op::LetChunkArrive => self.truth.chunk_may_arrive.add_permits(1),
             Op::Rewrite(lost) => self.rewrite(*lost),
         }
@@ -280,6 +144,7 @@ impl World {
             yield_now().await;
         }
         self.check_entries();
+        assert_eq!(self.cache.stats().mismatches, 0, "a check took a race for a difference");
         let (ended, running) = self.readers.drain(..).partition(|reader| reader.answer.is_finished());
         self.readers = running;
         for reader in ended {
@@ -430,8 +295,8 @@ impl World {
         }
         self.settle().await;
         let until = Instant::now() + Duration::from_secs(20);
-        while !self.readers.is_empty() {
-            assert!(Instant::now() < until, "{} reads never end", self.readers.len());
+        while !self.readers.is_empty() || self.check.as_ref().is_some_and(|check| !check.is_finished()) {
+            assert!(Instant::now() < until, "{} reads, or a check, never end", self.readers.len());
             self.prove();
             self.settle().await;
         }
@@ -474,6 +339,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         4 => Just(Op::LetArrive),
         1 => Just(Op::Load),
         2 => Just(Op::LetChunkArrive),
+        1 => Just(Op::Check),
         1 => (0_usize..4).prop_map(Op::Rewrite),
     ]
 }

@@ -1,0 +1,85 @@
+//! Reads while nothing is proven: what may answer them, and what may not any more.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    task::{JoinHandle, yield_now},
+    time::timeout,
+};
+
+use super::truth::{State, Truth, anchor};
+use crate::{
+    cache::{Answer, Mode, Options, Query, ReadError, RoleCache, cache},
+    role::{Revision, UserId},
+    step::{self, FeedState, Moment, PROOF_HOLDS, Stepper},
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A cache that has applied everything up to `revision`, and of which that was proven too long ago.
+fn unproven(truth: &Arc<Truth>, revision: usize) -> (Arc<RoleCache>, Stepper) {
+    let (stepper, step) = step::start();
+    let max_staleness = Duration::from_secs(60);
+    let options = Options { mode: Mode::Lazy { capacity: None }, max_staleness, fallback_reads: 10, oversized: 10_000 };
+    let (cache, filler) = cache(options, truth.clone(), step);
+    tokio::spawn(filler.run());
+    stepper.begin_history();
+    stepper.follow_from(anchor(revision));
+    stepper.prove(Moment::now().before(2 * PROOF_HOLDS));
+    (cache, stepper)
+}
+
+fn begin_get(cache: &Arc<RoleCache>, min_revision: i64) -> JoinHandle<Result<Answer, ReadError>> {
+    let cache = cache.clone();
+    let query = Query { min_revision: Revision(min_revision), fully_consistent: false, deadline: None };
+    tokio::spawn(async move { cache.get(UserId(7), query).await })
+}
+
+async fn until(happened: impl Fn() -> bool) {
+    let wait = async {
+        while !happened() {
+            yield_now().await;
+        }
+    };
+    timeout(PATIENCE, wait).await.expect("it should happen in time");
+}
+
+#[tokio::test]
+async fn a_revision_that_the_store_lost_while_a_proof_was_waited_for_is_unknown() {
+    let truth = Arc::new(Truth::new());
+    let (cache, stepper) = unproven(&truth, 100);
+    truth.may_read.add_permits(10);
+    truth.may_arrive.add_permits(10);
+    let read = begin_get(&cache, 100);
+    // It has found 100 to be applied, and asked for a proof.
+    timeout(PATIENCE, stepper.nudged()).await.expect("it asks for a proof");
+    stepper.begin_history();
+    stepper.follow_from(anchor(50));
+    until(|| {
+        stepper.prove(Moment::now());
+        read.is_finished()
+    })
+    .await;
+    let answer = read.await.unwrap();
+    assert!(matches!(answer, Err(ReadError::UnknownRevision { requested: Revision(100), .. })), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_read_of_the_store_does_not_join_a_query_from_before_it() {
+    let truth = Arc::new(Truth::new());
+    truth.states.lock().unwrap().push(State::from([(7, "admin")]));
+    let (cache, stepper) = unproven(&truth, 1);
+    stepper.set_feed(FeedState::CatchingUp);
+    truth.may_read.add_permits(1);
+    let early = begin_get(&cache, 0);
+    until(|| truth.may_read.available_permits() == 0).await;
+    // It has read "admin", and that is over before the next one asks.
+    truth.states.lock().unwrap().push(State::new());
+    let late = begin_get(&cache, 0);
+    until(|| cache.stats().misses == 2).await;
+    truth.may_arrive.add_permits(1);
+    assert_eq!(early.await.unwrap().unwrap().role.as_str(), "admin");
+    truth.may_read.add_permits(1);
+    truth.may_arrive.add_permits(1);
+    assert_eq!(late.await.unwrap().unwrap().role.as_str(), "user");
+}

@@ -1,0 +1,152 @@
+//! The same write several times at once, on different replicas; now and then one that only has the same request id.
+
+use std::{collections::HashMap, sync::Arc};
+
+use futures::{FutureExt, future::join_all};
+use rolecache::proto::v1::{SetRoleRequest, SetRoleResponse};
+use tokio::{sync::Semaphore, task::JoinSet};
+use tonic::{Request, Status};
+
+use crate::{
+    asking::{Attempt, request, until_done},
+    campaign::{Campaign, Outcome, Rounds},
+    cluster::{Cluster, Plan, postgres},
+    history::{History, Told},
+    traffic::{Load, Traffic, reason},
+};
+
+const AT_ONCE: usize = 16;
+
+pub fn campaigns() -> Vec<Campaign> {
+    vec![Campaign {
+        name: "duplicates",
+        unit: "writes",
+        must_hold: "one effect, the same answer, and another body is refused",
+        short: 500,
+        nightly: 10_000,
+        body: |rounds| run(rounds).boxed(),
+    }]
+}
+
+/// What came of one write and its copies.
+struct Copies {
+    copies: usize,
+    /// How many of them were on their way at once, at least.
+    together: bool,
+    reused: usize,
+    found: Vec<String>,
+}
+
+async fn run(mut rounds: Rounds) -> Outcome {
+    let mut outcome = Outcome::default();
+    let (_postgres, url) = postgres().await;
+    let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, ..Plan::default() }).await);
+    let load = Load { writers: 2, readers: 2, ..Load::default() };
+    let traffic = Traffic::start(&cluster, load, &mut rounds.random);
+    outcome.proves_nothing(traffic.run_up(200).await.err());
+    let turns = Arc::new(Semaphore::new(AT_ONCE));
+    let mut writes = JoinSet::new();
+    for _ in 0..rounds.count {
+        let (cluster, history, turns) = (cluster.clone(), traffic.history.clone(), turns.clone());
+        let random = rounds.random.fork();
+        writes.spawn(async move {
+            let _turn = turns.acquire().await.unwrap();
+            several_at_once(&cluster, &history, random).await
+        });
+    }
+    let (mut copies, mut reused) = (0, 0);
+    while let Some(ended) = writes.join_next().await {
+        let one = ended.expect("a writer does not panic");
+        match one.together {
+            true => outcome.fired += 1,
+            false => outcome.weak.push("no two of the copies were on their way at once".into()),
+        }
+        copies += one.copies;
+        reused += one.reused;
+        outcome.violated(one.found);
+    }
+    traffic.settle(&mut outcome).await;
+    outcome.figure("copies", copies);
+    outcome.figure("refused as REQUEST_ID_REUSED", reused);
+    outcome
+}
+
+async fn several_at_once(cluster: &Cluster, history: &History, mut random: fastrand::Rng) -> Copies {
+    let clients: Vec<_> = cluster.replicas.iter().map(|replica| replica.client()).collect();
+    let write = request(random.i64(1..=40), random.choice(["user", "admin", "moderator"]).unwrap(), &mut random);
+    let mut bodies = vec![write.clone(); random.usize(2..=5)];
+    if random.u8(..5) == 0 {
+        let one = random.usize(..bodies.len());
+        match random.bool() {
+            true => bodies[one].role = if write.role == "user" { "admin" } else { "user" }.into(),
+            false => bodies[one].user_id += 100,
+        }
+    }
+    let first = random.usize(..2);
+    let asked = bodies.iter().enumerate().map(|(n, body)| {
+        let (replica, mut client) = ((first + n) % 2, clients[(first + n) % 2].clone());
+        async move {
+            let attempt = Attempt::begin(cluster, history, replica, body);
+            let begun = history.now();
+            let answer = client.set_role(Request::new(body.clone())).await.map(|it| it.into_inner());
+            // Another body's answer says nothing about this one's; it is judged below.
+            if !is_reused(&answer) {
+                attempt.end(Some(&answer));
+            }
+            (begun, history.now(), answer)
+        }
+    });
+    let answers = join_all(asked).await;
+    let starts = answers.iter().map(|(begun, ..)| begun).max();
+    let together = answers.iter().filter(|(_, ended, _)| Some(ended) > starts).count() > 1;
+    let answers: Vec<_> = answers.into_iter().map(|(.., answer)| answer).collect();
+    // Nobody may have been told that it is done; then somebody asks again.
+    let mut found = Vec::new();
+    let winner = match bodies.iter().zip(&answers).find(|(_, answer)| answer.is_ok()) {
+        Some((body, _)) => body.clone(),
+        None => {
+            let again = until_done(cluster, &clients, history, &write, &mut random).await;
+            found.extend(again.err());
+            write
+        }
+    };
+    let reused = answers.iter().filter(|answer| is_reused(answer)).count();
+    found.extend(judge(&winner, &bodies, &answers));
+    Copies { copies: bodies.len(), together, reused, found }
+}
+
+fn is_reused(answer: &Result<SetRoleResponse, Status>) -> bool {
+    answer.as_ref().is_err_and(|status| reason(status) == "REQUEST_ID_REUSED")
+}
+
+/// Copies of the one that was done are told the same, in every field; any other body is told that the id is taken.
+fn judge(
+    winner: &SetRoleRequest,
+    bodies: &[SetRoleRequest],
+    answers: &[Result<SetRoleResponse, Status>],
+) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut told: HashMap<String, &SetRoleRequest> = HashMap::new();
+    for (body, answer) in bodies.iter().zip(answers) {
+        match answer {
+            Ok(answer) if body == winner => {
+                told.insert(format!("{answer:?}"), body);
+            }
+            Ok(answer) => found.push(format!("two bodies of one request_id are done: {body:?}: {answer:?}")),
+            Err(_) if is_reused(answer) && body == winner => {
+                found.push(format!("a copy is refused as another request: {body:?}"));
+            }
+            Err(status) => {
+                if let Told::Unknown(why) = crate::traffic::told(status)
+                    && why != "REQUEST_ID_REUSED"
+                {
+                    found.push(format!("{body:?} was told {why}, though nothing was broken"));
+                }
+            }
+        }
+    }
+    if told.len() > 1 {
+        found.push(format!("one request, several answers: {told:#?}"));
+    }
+    found
+}

@@ -1,0 +1,173 @@
+//! PostgreSQL's data directory is taken back to a copy of before: what was acknowledged since then never happened.
+
+use std::{path::Path, process::Command, sync::Arc, time::Duration};
+
+use futures::{FutureExt, future::join_all};
+use rolecache::proto::v1::{SetRoleRequest, WatchRoleChangesRequest};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, timeout},
+};
+
+use crate::{
+    campaign::{Campaign, Outcome, Rounds},
+    checker::{self, Excuses},
+    cluster::{Cluster, MIXED, Plan, postgres},
+    support::{postgres::Postgres, watch::Watching},
+    traffic::{Load, ROLES, Traffic, reason},
+};
+
+/// How soon every replica has to find out, from when PostgreSQL accepts connections again.
+const NOTICED: Duration = Duration::from_secs(10);
+
+const AWAY: Duration = Duration::from_millis(2_300);
+
+const USERS: i64 = 30;
+
+pub fn campaigns() -> Vec<Campaign> {
+    vec![Campaign {
+        name: "history-rewritten",
+        unit: "histories",
+        must_hold: "noticed by every replica and every resume with a token",
+        short: 1,
+        nightly: 20,
+        body: |rounds| run(rounds).boxed(),
+    }]
+}
+
+async fn run(mut rounds: Rounds) -> Outcome {
+    let mut outcome = Outcome::default();
+    let (postgres, url) = postgres().await;
+    let postgres = Arc::new(postgres);
+    let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, each: MIXED, ..Plan::default() }).await);
+    let copies = tempfile::tempdir().unwrap();
+    let mut noticed = Vec::new();
+    for round in 0..rounds.count {
+        write(&cluster, &mut rounds.random).await;
+        let kept: Vec<String> = join_all(watches(&cluster, "")).await.into_iter().map(|it| it.resume_token()).collect();
+        let copy = copies.path().join(round.to_string());
+        away(&postgres, |data| copy_all(data, &copy)).await;
+        join_all(cluster.replicas.iter().map(|replica| replica.until_in_step())).await;
+
+        // From here on nothing will have happened.
+        let kept_to = cluster.log().await.head();
+        let mut open = join_all(watches(&cluster, "")).await;
+        let last = write(&cluster, &mut rounds.random).await;
+        let mut lost = Vec::new();
+        for watch in &mut open {
+            loop {
+                let revision = watch.next_commit().await.revision;
+                // A replica may be in step, and yet to hear of the end of what stays.
+                if revision > kept_to {
+                    lost.push(watch.resume_token());
+                }
+                if revision >= last {
+                    break;
+                }
+            }
+        }
+        let load = Load { writers: 0, watchers: 0, users: USERS, excuses: checker::HISTORY_LOST, ..Load::default() };
+        let mut reading = Traffic::start(&cluster, load, &mut rounds.random);
+        match reading.run_up(200).await {
+            Err(weak) => outcome.weak.push(format!("history {round}: {weak}")),
+            Ok(()) => outcome.fired += 1,
+        }
+        let before = cluster.log().await;
+        let stops = reading.history.now();
+        away(&postgres, |data| {
+            std::fs::remove_dir_all(data).unwrap();
+            copy_all(&copy, data);
+            // Away for longer than an answer may be old.
+            std::thread::sleep(AWAY);
+        })
+        .await;
+        let accepts = Instant::now();
+        // Numbers that were given out before stand for something else now, before anybody looks or after it.
+        let more = rounds.random.usize(0..60);
+        for n in 0..more {
+            cluster
+                .shell
+                .go(format!("insert into users values ({}, 'admin')", 1000 + round as i64 * 100 + n as i64))
+                .await;
+        }
+        for (watch, replica) in open.iter_mut().zip(0..) {
+            match timeout(NOTICED, watch.until_end()).await {
+                Ok(status) if reason(&status) == "HISTORY_CHANGED" => noticed.push(accepts.elapsed()),
+                Ok(status) => outcome.violated([format!("history {round}: a watch ended with {status}")]),
+                Err(_) => {
+                    outcome.violated([format!("history {round}: replica {replica} does not notice, {more} more")])
+                }
+            }
+        }
+        join_all(cluster.replicas.iter().map(|replica| replica.until_in_step())).await;
+        reading.stop_calling().await;
+        let after = cluster.log().await;
+        outcome.violated(checker::answers_follow(&reading.history.reads.lock().unwrap(), [&before, &after], stops));
+        let excuses = Excuses { reasons: load.excuses, ..Excuses::default() };
+        outcome.violated(checker::failures_have_reasons(&[], &reading.history.reads.lock().unwrap(), &excuses));
+        // The new history is one like any other.
+        let traffic = Traffic::start(&cluster, Load { users: USERS, ..Load::default() }, &mut rounds.random);
+        if let Err(weak) = traffic.run_up(200).await {
+            outcome.weak.push(format!("history {round}, the new one: {weak}"));
+        }
+        traffic.settle_after(after.head(), &mut outcome).await;
+        for replica in &cluster.replicas {
+            for token in &lost {
+                let told = match Watching::open(replica.client(), resuming(token)).await {
+                    Ok(_) => "OK".to_owned(),
+                    Err(status) => reason(&status),
+                };
+                if told != "HISTORY_CHANGED" {
+                    outcome.violated([format!("history {round}: a token of the lost one was told {told}")]);
+                }
+            }
+        }
+        for watch in join_all(kept.iter().flat_map(|token| watches(&cluster, token))).await {
+            if !watch.started.resumed {
+                outcome.violated([format!("history {round}: a token of before it does not go on")]);
+            }
+        }
+    }
+    outcome.times("noticed after", noticed);
+    outcome
+}
+
+fn resuming(token: &str) -> WatchRoleChangesRequest {
+    WatchRoleChangesRequest { after: token.to_owned(), ..Default::default() }
+}
+
+/// One at each replica.
+fn watches(cluster: &Cluster, token: &str) -> impl Iterator<Item = impl Future<Output = Watching>> {
+    let clients: Vec<_> = cluster.replicas.iter().map(|replica| replica.client()).collect();
+    let request = resuming(token);
+    clients.into_iter().map(move |client| {
+        let request = request.clone();
+        async move { Watching::open(client, request).await.expect("a watch") }
+    })
+}
+
+/// Through all replicas; the revision of the last one.
+async fn write(cluster: &Cluster, random: &mut fastrand::Rng) -> i64 {
+    let mut revision = 0;
+    for n in 0..random.i64(10..40) {
+        // Each changes something: no role is there twice in a row.
+        let role = ROLES[(n % 3) as usize].to_owned();
+        let request = SetRoleRequest { user_id: random.i64(1..=USERS), role, ..Default::default() };
+        let mut client = cluster.replicas[random.usize(..cluster.replicas.len())].client();
+        revision = revision.max(client.set_role(request).await.expect("a write").into_inner().revision);
+    }
+    revision
+}
+
+/// Something is done to the data while the server is stopped.
+async fn away(postgres: &Arc<Postgres>, work: impl FnOnce(&Path)) {
+    let stopped = postgres.clone();
+    spawn_blocking(move || stopped.stop()).await.unwrap();
+    tokio::task::block_in_place(|| work(&postgres.data()));
+    let started = postgres.clone();
+    spawn_blocking(move || started.start()).await.unwrap();
+}
+
+fn copy_all(from: &Path, to: &Path) {
+    assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+}

@@ -1,0 +1,67 @@
+//! PostgreSQL dies as a whole while writes are on their way, and comes back.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{FutureExt, future::join_all};
+use tokio::time::sleep;
+
+use crate::{
+    asking::until_serving,
+    campaign::{Campaign, Outcome, Rounds},
+    checker,
+    cluster::{Cluster, MIXED, Plan, postgres},
+    traffic::{Load, Traffic},
+};
+
+/// From when it accepts connections again.
+const SERVING_AFTER: Duration = Duration::from_secs(5);
+
+pub fn campaigns() -> Vec<Campaign> {
+    vec![Campaign {
+        name: "postgres-killed",
+        unit: "kills",
+        must_hold: "no acknowledged write lost, none doubled, caches equal the table, serving 5 s after it accepts",
+        short: 5,
+        nightly: 150,
+        body: |rounds| run(rounds).boxed(),
+    }]
+}
+
+async fn run(mut rounds: Rounds) -> Outcome {
+    let mut outcome = Outcome::default();
+    let (postgres, url) = postgres().await;
+    let postgres = Arc::new(postgres);
+    let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, each: MIXED, ..Plan::default() }).await);
+    let traffic =
+        Traffic::start(&cluster, Load { excuses: checker::STORE_BROKEN, ..Load::default() }, &mut rounds.random);
+    let mut back = Vec::new();
+    for round in 0..rounds.count {
+        if let Err(weak) = traffic.run_up(200).await {
+            outcome.weak.push(format!("kill {round}: {weak}"));
+        } else {
+            outcome.fired += 1;
+        }
+        sleep(Duration::from_millis(rounds.random.u64(0..50))).await;
+        let broken = postgres.clone();
+        tokio::task::spawn_blocking(move || {
+            broken.kill_hard();
+            broken.start();
+        })
+        .await
+        .unwrap();
+        let serving = (0..cluster.replicas.len())
+            .map(|replica| until_serving(&cluster, replica, &traffic.history, rounds.random.fork()));
+        for served in join_all(serving.collect::<Vec<_>>()).await {
+            match served {
+                Ok(after) if after > SERVING_AFTER => {
+                    outcome.violated([format!("kill {round}: serving only {after:?} after it accepted")]);
+                }
+                Ok(after) => back.push(after),
+                Err(why) => outcome.violated([format!("kill {round}: {why}")]),
+            }
+        }
+    }
+    traffic.settle(&mut outcome).await;
+    outcome.times("a write committed and read again after", back);
+    outcome
+}

@@ -1,0 +1,137 @@
+//! A replica is cut off from the store, or stands still, while the other one goes on writing.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{FutureExt, future::join_all};
+use rolecache::proto::v1::GetRoleRequest;
+use tokio::time::sleep;
+
+use crate::{
+    campaign::{Campaign, Outcome, Rounds},
+    checker,
+    cluster::{Cluster, MIXED, Plan, Replica, postgres},
+    history::{Answer, Read},
+    support::proxy::{Fate, Which},
+    traffic::{self, Load, Traffic},
+};
+
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// Every connection is reset, and every new one.
+    Refused,
+    /// Nothing comes through, and nobody is told.
+    Hole,
+    /// SIGSTOP, then SIGCONT.
+    Paused,
+    /// The same while every answer of the store is on its way for a while: what arrives afterwards is old.
+    PausedInFlight,
+}
+
+const FAULTS: [Fault; 4] = [Fault::Paused, Fault::Refused, Fault::PausedInFlight, Fault::Hole];
+
+/// Reads at once: while it is cut off, and in its sockets when it goes on after a pause.
+const BURST: usize = 200;
+
+/// In milliseconds: longer than an answer may be old, so that none of them is let off.
+const LASTS: std::ops::Range<u64> = 2_200..4_000;
+
+pub fn campaigns() -> Vec<Campaign> {
+    vec![Campaign {
+        name: "replica-cut-off",
+        unit: "cuts and pauses",
+        must_hold: "nothing older than two seconds is answered as truth",
+        short: 6,
+        nightly: 120,
+        body: |rounds| run(rounds).boxed(),
+    }]
+}
+
+async fn run(mut rounds: Rounds) -> Outcome {
+    let mut outcome = Outcome::default();
+    let (_postgres, url) = postgres().await;
+    let cluster =
+        Arc::new(Cluster::start(&url, Plan { replicas: 2, each: MIXED, proxied: true, ..Plan::default() }).await);
+    // Few users: each changes often enough that an old answer is a wrong one.
+    let load = Load { write_to: Some(1), users: 12, excuses: checker::STORE_BROKEN, ..Load::default() };
+    let traffic = Traffic::start(&cluster, load, &mut rounds.random);
+    let victim = &cluster.replicas[0];
+    let proxy = victim.proxy.as_ref().unwrap();
+    let (mut back, mut cut_off, mut paused) = (Vec::new(), 0, 0);
+    for round in 0..rounds.count {
+        let fault = FAULTS[round as usize % FAULTS.len()];
+        // Its store's answers in whatever pieces.
+        proxy.strike(Which::All, *rounds.random.choice([Fate::Open, Fate::Sliced].iter()).unwrap());
+        let weak = traffic.run_up(200).await;
+        let answered = match fault {
+            Fault::Refused | Fault::Hole => {
+                if matches!(fault, Fault::Refused) {
+                    proxy.refuse(true);
+                    proxy.strike(Which::All, Fate::Reset);
+                } else {
+                    proxy.freeze();
+                    proxy.strike(Which::All, Fate::Hole);
+                }
+                sleep(Duration::from_millis(rounds.random.u64(LASTS))).await;
+                // The usual readers are stuck by now, each at a revision that cannot come.
+                let answered = burst(victim, &traffic).await;
+                proxy.refuse(false);
+                proxy.strike(Which::All, Fate::Reset);
+                proxy.thaw();
+                cut_off += answered;
+                answered
+            }
+            Fault::Paused | Fault::PausedInFlight => {
+                if matches!(fault, Fault::PausedInFlight) {
+                    proxy.strike(Which::All, Fate::Slow(Duration::from_millis(40)));
+                    sleep(Duration::from_millis(rounds.random.u64(100..300))).await;
+                }
+                victim.signal("STOP");
+                sleep(Duration::from_millis(rounds.random.u64(LASTS))).await;
+                let go_on = async {
+                    // Connected by the kernel, and sent: nobody reads it yet.
+                    sleep(Duration::from_millis(150)).await;
+                    victim.signal("CONT");
+                };
+                let (answered, ()) = tokio::join!(burst(victim, &traffic), go_on);
+                proxy.strike(Which::All, Fate::Open);
+                paused += answered;
+                answered
+            }
+        };
+        match weak {
+            Err(weak) => outcome.weak.push(format!("{fault:?} {round}: {weak}")),
+            Ok(()) if answered < BURST / 2 => {
+                outcome.weak.push(format!("{fault:?} {round}: only {answered} reads met it"))
+            }
+            Ok(()) => outcome.fired += 1,
+        }
+        back.push(victim.until_in_step().await);
+    }
+    traffic.settle(&mut outcome).await;
+    outcome.figure("answers while cut off", cut_off);
+    outcome.figure("answers at the end of a pause", paused);
+    outcome.times("in step again after", back);
+    outcome
+}
+
+/// Asks a replica many times at once; how many were answered.
+async fn burst(victim: &Replica, traffic: &Traffic) -> usize {
+    let history = &traffic.history;
+    let clients: Vec<_> = (0..10).map(|_| victim.client()).collect();
+    let asked = (0..BURST).map(|n| {
+        let (user, mut client) = (traffic.users[n % traffic.users.len()], clients[n % clients.len()].clone());
+        async move {
+            let begun = history.now();
+            let request = GetRoleRequest { user_id: user, ..Default::default() };
+            let answer = match client.get_role(request).await {
+                Ok(answer) => Ok(Answer::from(answer.into_inner())),
+                Err(status) => Err(traffic::reason(&status)),
+            };
+            let is_answer = answer.is_ok();
+            let (process, ended) = (victim.process(), history.now());
+            history.read(Read { user, process, begun, ended, min_revision: 0, answer });
+            is_answer
+        }
+    });
+    join_all(asked).await.into_iter().filter(|is_answer| *is_answer).count()
+}

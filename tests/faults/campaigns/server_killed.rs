@@ -1,0 +1,78 @@
+//! A replica dies while writes are on their way: at any moment, and at those that matter most.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::FutureExt;
+use tokio::time::sleep;
+
+use crate::{
+    campaign::{Campaign, Outcome, Rounds},
+    cluster::{Cluster, MIXED, Plan, postgres},
+    traffic::{Load, Traffic},
+};
+
+/// Where it dies; None for anywhere.
+const MOMENTS: [Option<&str>; 6] = [
+    None,
+    Some("writer::before_commit"),
+    Some("writer::after_commit"),
+    Some("writer::before_answer"),
+    Some("tailer::before_apply"),
+    Some("tailer::before_ring"),
+];
+
+pub fn campaigns() -> Vec<Campaign> {
+    vec![Campaign {
+        name: "server-killed",
+        unit: "kills",
+        must_hold: "no acknowledged write lost, none doubled, a retry has one effect, caches equal the table",
+        short: 10,
+        nightly: 300,
+        body: |rounds| run(rounds).boxed(),
+    }]
+}
+
+async fn run(rounds: Rounds) -> Outcome {
+    let (_postgres, url) = postgres().await;
+    let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, each: MIXED, ..Plan::default() }).await);
+    kill(rounds, &cluster).await
+}
+
+pub(super) async fn kill(mut rounds: Rounds, cluster: &Arc<Cluster>) -> Outcome {
+    let mut outcome = Outcome::default();
+    let traffic = Traffic::start(cluster, Load::default(), &mut rounds.random);
+    let mut back = Vec::new();
+    for round in 0..rounds.count {
+        let victim = &cluster.replicas[rounds.random.usize(..cluster.replicas.len())];
+        let moment = rounds.random.choice(MOMENTS).unwrap();
+        let weak = traffic.run_up(200).await.err();
+        let died = match moment {
+            None => {
+                sleep(Duration::from_millis(rounds.random.u64(0..50))).await;
+                victim.kill();
+                true
+            }
+            Some(moment) => {
+                victim.kill();
+                let point = format!("{moment}={}*off->1*return", rounds.random.u32(20..120));
+                // Some die so fast that nobody sees them ready.
+                let is_there = victim.start_to_end_at(&point).await;
+                let died = !is_there || victim.ended(Duration::from_secs(10)).await.is_some();
+                if !died {
+                    victim.kill();
+                }
+                died
+            }
+        };
+        match weak {
+            Some(weak) => outcome.weak.push(format!("kill {round}: {weak}")),
+            None if !died => outcome.weak.push(format!("kill {round}: it never came to {moment:?}")),
+            None => outcome.fired += 1,
+        }
+        victim.start().await;
+        back.push(victim.until_in_step().await);
+    }
+    traffic.settle(&mut outcome).await;
+    outcome.times("in step after it was ready", back);
+    outcome
+}

@@ -1,0 +1,240 @@
+//! The store is there and does nothing: its sessions wait for foreign locks, others have them all, or it stands still as a
+//! whole.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures::FutureExt;
+use rolecache::proto::v1::{GetRoleRequest, Source};
+use tokio::{task::spawn_blocking, time::sleep};
+
+use crate::{
+    campaign::{Campaign, Outcome, Rounds},
+    checker,
+    cluster::{Cluster, Plan, postgres},
+    history::{History, MISMATCH, Told},
+    sessions::Sessions,
+    support::postgres::{Postgres, Session},
+    traffic::{Load, Traffic},
+};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fault {
+    /// Everything is locked, the log too, and users are asked for whom nobody knows. The replicas keep sessions free all the
+    /// same: they bound what fills take.
+    AllLocked,
+    TableLocked,
+    /// SIGSTOP of all its processes.
+    Frozen,
+    /// Others have every session that it gives.
+    NoSessions,
+    /// A transaction that numbers its commit long before it ends.
+    FeedLocked,
+}
+
+const STUCK: [Fault; 4] = [Fault::AllLocked, Fault::TableLocked, Fault::Frozen, Fault::NoSessions];
+
+/// What makes it so.
+enum Hold {
+    Lock(Session),
+    Freeze,
+    Sessions(Sessions),
+}
+
+/// Of a write whose user has the role already.
+const NOTHING: &str = "nothing to do";
+
+/// How long a cached read may take: half a second for a proof that does not come, and the rest.
+const READ_ANSWERS: Duration = Duration::from_secs(1);
+
+/// Before it is stuck, and as many again while it is.
+const WRITERS: usize = 16;
+
+/// Reads of users that nobody knows.
+const COLD: u64 = 60;
+
+const LOCK_ALL: &str = "begin; lock table users, rolecache.commits, rolecache.changes, rolecache.requests,
+    rolecache.feed in access exclusive mode;";
+const LOCK_USERS: &str = "begin; lock table users in access exclusive mode;";
+const LOCK_FEED: &str = "begin; set constraints all immediate;
+    insert into users (user_id, role) values (999999, 'admin') on conflict (user_id) do update
+      set role = case users.role when 'admin' then 'user' else 'admin' end;";
+
+pub fn campaigns() -> Vec<Campaign> {
+    vec![
+        Campaign {
+            name: "store-stuck",
+            unit: "times stuck",
+            must_hold: "cached reads go on, writes fail within 3 s",
+            short: STUCK.len() as u64,
+            nightly: 20,
+            body: |rounds| run(rounds, &STUCK, Duration::from_secs(6), Duration::from_secs(3)).boxed(),
+        },
+        Campaign {
+            name: "feed-lock-held",
+            unit: "times held",
+            must_hold: "writes are refused within 6 s with the right reason, reads go on, all is well after",
+            short: 1,
+            nightly: 10,
+            body: |rounds| run(rounds, &[Fault::FeedLocked], Duration::from_secs(10), Duration::from_secs(6)).boxed(),
+        },
+    ]
+}
+
+/// Each fault lasts for so long, and lets writes fail after `limit` at most.
+async fn run(mut rounds: Rounds, faults: &[Fault], lasts: Duration, limit: Duration) -> Outcome {
+    let mut outcome = Outcome::default();
+    let (postgres, url) = postgres().await;
+    let postgres = Arc::new(postgres);
+    let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, ..Plan::default() }).await);
+    let load = Load { writers: WRITERS, excuses: checker::STORE_STUCK, ..Load::default() };
+    let mut traffic = Traffic::start(&cluster, load, &mut rounds.random);
+    let mut met = Met { limit, ..Met::default() };
+    for round in 0..rounds.count {
+        let fault = faults[round as usize % faults.len()];
+        let weak = traffic.run_up(1000).await;
+        let begun = traffic.history.now();
+        let hold = begin(fault, &postgres, &url).await;
+        let holds = traffic.history.now();
+        traffic.write_now(WRITERS, load, &mut rounds.random);
+        if fault == Fault::AllLocked {
+            ask_cold(&cluster, &mut rounds.random);
+        }
+        sleep(lasts).await;
+        let ends = traffic.history.now();
+        end(fault, &postgres, hold).await;
+        for replica in &cluster.replicas {
+            met.back.push(replica.until_in_step().await);
+        }
+        // Whatever was on its way is in the book then.
+        let weak = weak.and(traffic.run_up(1000).await);
+        let refused = met.judge(fault, &traffic.history, [begun, holds, ends]);
+        match weak {
+            Err(weak) => outcome.weak.push(format!("{fault:?} {round}: {weak}")),
+            Ok(()) if refused == 0 => outcome.weak.push(format!("{fault:?} {round}: no write met it")),
+            Ok(()) => outcome.fired += 1,
+        }
+    }
+    traffic.settle(&mut outcome).await;
+    met.tell(&mut outcome);
+    let memory = cluster.replicas.iter().map(|replica| replica.memory("VmHWM"));
+    outcome.figure("memory, in MiB, at most", memory.fold(0.0, f64::max));
+    outcome
+}
+
+async fn begin(fault: Fault, postgres: &Arc<Postgres>, url: &str) -> Hold {
+    let (postgres, url) = (postgres.clone(), url.to_owned());
+    let begun = spawn_blocking(move || match fault {
+        Fault::AllLocked => lock(&url, LOCK_ALL),
+        Fault::TableLocked => lock(&url, LOCK_USERS),
+        Fault::FeedLocked => lock(&url, LOCK_FEED),
+        Fault::NoSessions => Hold::Sessions(Sessions::take_all(&url)),
+        Fault::Frozen => {
+            postgres.freeze();
+            Hold::Freeze
+        }
+    });
+    begun.await.unwrap()
+}
+
+fn lock(url: &str, sql: &str) -> Hold {
+    let mut session = Session::open(url);
+    // Against writers who take the same locks in another order.
+    while !session.run(sql).is_empty() {
+        session.run("rollback;");
+    }
+    Hold::Lock(session)
+}
+
+async fn end(fault: Fault, postgres: &Arc<Postgres>, hold: Hold) {
+    let postgres = postgres.clone();
+    let ended = spawn_blocking(move || match hold {
+        Hold::Lock(mut session) => {
+            assert_eq!(session.run(if fault == Fault::FeedLocked { "commit;" } else { "rollback;" }), "")
+        }
+        Hold::Freeze => postgres.thaw(),
+        Hold::Sessions(sessions) => drop(sessions),
+    });
+    ended.await.unwrap();
+}
+
+/// Asks for nobody in particular, and does not wait for answers.
+fn ask_cold(cluster: &Cluster, random: &mut fastrand::Rng) {
+    for replica in &cluster.replicas {
+        for _ in 0..COLD {
+            let (mut client, user_id) = (replica.client(), random.i64(1_000_000..));
+            tokio::spawn(async move { client.get_role(GetRoleRequest { user_id, ..Default::default() }).await });
+        }
+    }
+}
+
+/// What clients met in the meantime.
+#[derive(Default)]
+struct Met {
+    limit: Duration,
+    writes: Vec<Duration>,
+    /// Of writes that were on their way when it began: their outcome may have to be found out afterwards.
+    on_their_way: Vec<Duration>,
+    reads: Vec<Duration>,
+    back: Vec<Duration>,
+    answers: BTreeMap<String, usize>,
+    found: Vec<String>,
+}
+
+impl Met {
+    /// How many writes were refused.
+    fn judge(&mut self, fault: Fault, history: &History, [begun, holds, ends]: [Duration; 3]) -> usize {
+        let mut refused = 0;
+        for write in history.writes.lock().unwrap().iter().filter(|write| write.begun < ends) {
+            let took = write.ended - write.begun;
+            if write.begun < holds {
+                if write.ended > holds {
+                    self.on_their_way.push(took);
+                }
+                continue;
+            }
+            let what = match &write.told {
+                Told::Done { changed: true, .. } => "done".to_owned(),
+                // It numbers no commit, and so waits for nobody.
+                Told::Done { .. } => NOTHING.to_owned(),
+                Told::Refused(reason) => reason.clone(),
+                Told::Unknown(reason) => format!("{reason}, in doubt"),
+            };
+            if fault == Fault::FeedLocked && what == "done" && write.ended < ends {
+                self.found.push(format!("{fault:?}: a write was done: {write:?}"));
+            }
+            // Behind one that waits for the lock, a write may not even have its turn.
+            if fault == Fault::FeedLocked
+                && !["done", NOTHING, MISMATCH, "USER_BUSY", "STORE_UNREACHABLE"].contains(&what.as_str())
+            {
+                self.found.push(format!("{fault:?}: a write was told {what}: {write:?}"));
+            }
+            *self.answers.entry(format!("{fault:?}: {what}")).or_default() += 1;
+            refused += usize::from(!["done", NOTHING, MISMATCH].contains(&what.as_str()));
+            if took > self.limit {
+                self.found.push(format!("{fault:?}: a write took {took:.1?}: {write:?}"));
+            }
+            self.writes.push(took);
+        }
+        for read in history.reads.lock().unwrap().iter() {
+            // A revision that cannot come is worth waiting for.
+            if read.min_revision > 0 || read.begun < begun || read.begun > ends {
+                continue;
+            }
+            let took = read.ended - read.begun;
+            if took > READ_ANSWERS || !read.answer.as_ref().is_ok_and(|answer| answer.source == Source::Cache) {
+                self.found.push(format!("{fault:?}: a cached read took {took:.1?}: {read:?}"));
+            }
+            self.reads.push(took);
+        }
+        refused
+    }
+
+    fn tell(self, outcome: &mut Outcome) {
+        outcome.violated(self.found);
+        outcome.times("writes answered after", self.writes);
+        outcome.times("writes on their way when it began, after", self.on_their_way);
+        outcome.times("cached reads answered after", self.reads);
+        outcome.times("in step again after", self.back);
+        outcome.figure("writes were told", format!("{:?}", self.answers));
+    }
+}

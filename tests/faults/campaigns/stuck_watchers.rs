@@ -1,0 +1,154 @@
+//! Watchers that never read, beside healthy ones: rounds with and without them take turns.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use futures::FutureExt;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    campaign::{Campaign, Outcome, Rounds},
+    checker,
+    cluster::{Cluster, Plan, Replica, postgres},
+    traffic::{Load, Traffic},
+    watcher::Watcher,
+};
+
+const HEALTHY: usize = 8;
+
+/// Rounds of either kind.
+const TURNS: usize = 5;
+
+/// Commits of a round: far more than a stuck stream has room for.
+const COMMITS: usize = 300;
+
+/// Changes of a commit: what waits for a watcher would be seen in memory.
+const CHANGES: usize = 20;
+
+/// Stuck streams of one connection.
+const OF_A_CONNECTION: u64 = 100;
+
+/// Of the server's memory, in MiB, for each of them.
+const BOUND_EACH: f64 = 0.125;
+
+/// What may come on top, for them all: the ring, and what the allocator keeps.
+const BOUND_FOR_ALL: f64 = 32.0;
+
+pub fn campaigns() -> Vec<Campaign> {
+    vec![Campaign {
+        name: "stuck-watchers",
+        unit: "stuck watchers",
+        must_hold: "the healthy ones' p99 at most doubles, memory is bounded",
+        short: 50,
+        nightly: 1_000,
+        body: |rounds| run(rounds).boxed(),
+    }]
+}
+
+async fn run(mut rounds: Rounds) -> Outcome {
+    let mut outcome = Outcome::default();
+    let (_postgres, url) = postgres().await;
+    let args = &["--log-level", "warn,rolecache=info,rolecache::audit=off"];
+    let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 1, args, ..Plan::default() }).await);
+    let replica = &cluster.replicas[0];
+    cluster.shell.go("insert into users (user_id, role) select n, 'user' from generate_series(1, 100) n").await;
+    let load = Load { writers: 1, readers: 1, watchers: 0, ..Load::default() };
+    let mut traffic = Traffic::start(&cluster, load, &mut rounds.random);
+    traffic.users = (1..=100).collect();
+    // What the first calls cost is not theirs.
+    turn(&cluster).await;
+    let before = replica.memory("VmRSS");
+    let (mut without, mut beside, mut stuck) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..TURNS {
+        stuck.clear();
+        without.extend(turn(&cluster).await);
+        outcome.proves_nothing(traffic.run_up(100).await.err());
+        stuck = open(replica, rounds.count).await;
+        beside.extend(turn(&cluster).await);
+    }
+    let grown = replica.memory("VmHWM") - before;
+    let (calm, crowded) = (p99(&mut without), p99(&mut beside));
+    if crowded > 2 * calm {
+        outcome.violated([format!("the healthy ones' p99 went from {calm:.1?} to {crowded:.1?}")]);
+    }
+    let bound = BOUND_FOR_ALL + BOUND_EACH * rounds.count as f64;
+    outcome.violated((grown > bound).then(|| format!("memory grew by {grown:.1} MiB, more than {bound:.1}")));
+    traffic.settle(&mut outcome).await;
+    // Now they read, and nothing is missing.
+    let log = cluster.log().await;
+    for mut watcher in stuck {
+        outcome.violated(watcher.until(log.head(), replica).await.err());
+        outcome.violated(checker::watches_are_the_log(&watcher.seen, &log));
+        match watcher.seen.opened {
+            1 => outcome.fired += 1,
+            _ => outcome.weak.push(format!("its stream had ended: {:?}", watcher.seen.ends)),
+        }
+    }
+    outcome.figure("commit to message, p99", format!("{calm:.1?} without, {crowded:.1?} beside them"));
+    outcome.figure("messages measured", format!("{} and {}", without.len(), beside.len()));
+    outcome.figure("memory", format!("{before:.0} MiB, grown by {grown:.1} MiB at most"));
+    outcome
+}
+
+/// Streams that nobody reads from here on.
+async fn open(replica: &Replica, count: u64) -> Vec<Watcher> {
+    let mut stuck = Vec::new();
+    let mut client = replica.narrow_client().await;
+    for n in 0..count {
+        if n % OF_A_CONNECTION == 0 {
+            client = replica.narrow_client().await;
+        }
+        let mut watcher = Watcher::after("");
+        watcher.open(&mut client).await.expect("a watch starts");
+        stuck.push(watcher);
+    }
+    stuck
+}
+
+/// What commits took to healthy watchers.
+async fn turn(cluster: &Arc<Cluster>) -> Vec<Duration> {
+    let stop = CancellationToken::new();
+    let mut watchers = JoinSet::new();
+    for _ in 0..HEALTHY {
+        let mut client = cluster.replicas[0].client();
+        let mut watcher = Watcher::after("");
+        watcher.open(&mut client).await.expect("a watch starts");
+        watchers.spawn(measure(watcher, stop.clone()));
+    }
+    let commits = format!(
+        "do $$ begin for i in 1..{COMMITS} loop
+           update users set role = case role when 'user' then 'admin' else 'user' end
+             where user_id between 1 + i % 5 * {CHANGES} and {CHANGES} + i % 5 * {CHANGES};
+           commit;
+           perform pg_sleep(0.003);
+         end loop; end $$"
+    );
+    cluster.shell.go(commits).await;
+    stop.cancel();
+    watchers.join_all().await.into_iter().flatten().collect()
+}
+
+/// From each commit to its message, on the clock that both are on.
+async fn measure(mut watcher: Watcher, stop: CancellationToken) -> Vec<Duration> {
+    let mut late = Vec::new();
+    loop {
+        let told = watcher.seen.commits.len();
+        tokio::select! {
+            () = stop.cancelled() => return late,
+            taken = watcher.next() => taken.expect("a healthy watch goes on"),
+        }
+        for (_, commit) in &watcher.seen.commits[told..] {
+            let at = commit.changes[0].changed_at.expect("every change has its time");
+            let at = Duration::new(at.seconds as u64, at.nanos as u32);
+            late.push(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().saturating_sub(at));
+        }
+    }
+}
+
+fn p99(late: &mut [Duration]) -> Duration {
+    late.sort();
+    late[late.len() * 99 / 100]
+}

@@ -1,0 +1,52 @@
+//! Somebody who takes every session that a PostgreSQL gives, and does nothing with them.
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    time::{Duration, Instant},
+};
+
+use crate::support::postgres::Session;
+
+/// Until nobody else has a session.
+const TAKEN: Duration = Duration::from_secs(10);
+
+/// Closed, and so given back, when it is dropped.
+pub struct Sessions(#[expect(dead_code, reason = "held")] Vec<TcpStream>);
+
+impl Sessions {
+    /// Takes all there are, and ends those of the replicas until none of them has one.
+    pub fn take_all(url: &str) -> Self {
+        // Its own session, with which it ends the others'.
+        let mut own = Session::open(url);
+        let mut taken = Vec::new();
+        let until = Instant::now() + TAKEN;
+        loop {
+            while let Some(session) = take(url) {
+                taken.push(session);
+            }
+            let left = own.run(
+                "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'rolecache';",
+            );
+            if left == "0" {
+                return Self(taken);
+            }
+            assert!(Instant::now() < until, "replicas have {left} sessions after {} were taken", taken.len());
+        }
+    }
+}
+
+/// None where the server has none left.
+fn take(url: &str) -> Option<TcpStream> {
+    let (user, rest) = url.strip_prefix("postgres://")?.split_once('@')?;
+    let (address, database) = rest.split_once('/')?;
+    let mut stream = TcpStream::connect(address).unwrap();
+    let mut startup = 196_608_i32.to_be_bytes().to_vec();
+    startup.extend(format!("user\0{user}\0database\0{database}\0\0").bytes());
+    stream.write_all(&(startup.len() as i32 + 4).to_be_bytes()).unwrap();
+    stream.write_all(&startup).unwrap();
+    // R: it may come in. E: there are too many already.
+    let mut first = [0];
+    stream.read_exact(&mut first).unwrap();
+    (first[0] == b'R').then_some(stream)
+}

@@ -1,0 +1,442 @@
+//! Each limit acting: what is over it is refused, closed or waits, and what is within it goes on.
+
+use std::{
+    net::SocketAddr,
+    num::NonZeroU32,
+    time::{Duration, Instant},
+};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use h2::client;
+use http::{Request, StatusCode};
+use prost::Message;
+use rolecache::{
+    grpc,
+    proto::v1::{BatchGetRolesRequest, GetRoleRequest, WatchRoleChangesRequest},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::oneshot,
+    time::timeout,
+};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use crate::{
+    support::{
+        calls::{refused, refused_for_now},
+        crowd::Crowd,
+        doors::{House, plain, token},
+        gates::Gates,
+        raw::{Raw, SERVICE, Wire, frame, frame_bytes},
+        server::{Db, PATIENCE, Setup, TestServer, try_client},
+        watch::{Watching, reason},
+    },
+    watch::every,
+};
+
+const SELDOM: Duration = Duration::from_secs(3_600);
+/// Beside what a limit is, what busy processors may add.
+const SLACK: Duration = Duration::from_secs(5);
+/// How long a client has to answer a ping.
+const PING: Duration = Duration::from_secs(10);
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// An empty frame of settings.
+const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+
+async fn serve(limits: impl FnOnce(&mut grpc::Limits)) -> (TestServer, Db) {
+    let db = Db::sqlite();
+    let mut setup = Setup::new(&db);
+    limits(&mut setup.limits);
+    (setup.serve().await, db)
+}
+
+fn get(user_id: i64) -> GetRoleRequest {
+    GetRoleRequest { user_id, ..Default::default() }
+}
+
+/// Reads to the end of a connection, whichever it is; how long that took.
+async fn until_closed(stream: &mut (impl AsyncReadExt + Unpin)) -> Duration {
+    let begun = Instant::now();
+    let mut bytes = [0; 1_024];
+    timeout(PATIENCE, async { while let Ok(1..) = stream.read(&mut bytes).await {} }).await.expect("it is closed");
+    begun.elapsed()
+}
+
+#[track_caller]
+fn in_time(took: Duration, limit: Duration) {
+    assert!((limit.mul_f32(0.9)..limit + SLACK).contains(&took), "{took:?} where {limit:?} was the limit");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections() {
+    // Two of them are the test's client and the look at health that waited for the start.
+    let (server, _db) = serve(|limits| limits.connections = 2).await;
+    server.get(1).await;
+    let mut second = TcpStream::connect(server.address).await.unwrap();
+    second.write_all(&[PREFACE, &SETTINGS].concat()).await.unwrap();
+    let mut bytes = [0; 64];
+    timeout(PATIENCE, second.read(&mut bytes)).await.expect("the second is served").unwrap();
+    let mut third = TcpStream::connect(server.address).await.unwrap();
+    third.write_all(&[PREFACE, &SETTINGS].concat()).await.unwrap();
+    let waited = timeout(Duration::from_millis(500), third.read(&mut bytes)).await;
+    assert!(waited.is_err(), "a third one is served");
+    server.get(1).await;
+    drop(second);
+    let answered = timeout(PATIENCE, third.read(&mut bytes)).await.expect("it is its turn").unwrap();
+    assert!(answered > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_of_one_connection() {
+    let (server, _db) = serve(|limits| limits.streams = 3).await;
+    let mut crowd = Crowd::open(server.address, 1, 3, &every(SELDOM)).await;
+    let client = server.client.clone();
+    let mut watches = Vec::new();
+    for _ in 0..3 {
+        watches.push(Watching::open(client.clone(), every(SELDOM)).await.unwrap());
+    }
+    // The client waits with a fourth, until another ends.
+    let mut fourth = tokio::spawn({
+        let mut client = client.clone();
+        async move { client.get_role(get(1)).await }
+    });
+    assert!(timeout(Duration::from_millis(300), &mut fourth).await.is_err(), "a fourth stream is open");
+    // A connection of its own has streams of its own.
+    try_client(server.address).await.unwrap().get_role(get(1)).await.unwrap();
+    watches.pop();
+    timeout(PATIENCE, fourth).await.expect("a stream is free").unwrap().unwrap();
+    crowd.watchers.clear();
+}
+
+/// A client that leaves answers unread: nothing of them may be sent but their headers.
+async fn unreading(address: SocketAddr) -> client::SendRequest<Bytes> {
+    let stream = TcpStream::connect(address).await.unwrap();
+    let mut settings = client::Builder::new();
+    settings.initial_window_size(0);
+    let (sender, connection) = settings.handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+fn head(address: SocketAddr, path: &str) -> Request<()> {
+    let head = Request::post(format!("http://{address}/{path}"));
+    head.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_is_never_read_gives_its_place_back() {
+    let limits = |limits: &mut grpc::Limits| {
+        limits.calls = 1;
+        limits.deadline = Duration::from_secs(1);
+    };
+    let (server, _db) = serve(limits).await;
+    let mut sender = unreading(server.address).await;
+    let batch = BatchGetRolesRequest { user_ids: (1..=1_000).collect(), ..Default::default() };
+    let head = head(server.address, &format!("{SERVICE}/BatchGetRoles"));
+    let (answer, mut request) = sender.send_request(head, false).unwrap();
+    request.send_data(frame(&batch), true).unwrap();
+    let _unread = timeout(PATIENCE, answer).await.unwrap().unwrap().into_body();
+    refused_for_now(server.try_get(get(1)).await, Code::ResourceExhausted, "OVERLOADED");
+    let free = async { while server.try_get(get(1)).await.is_err() {} };
+    timeout(PATIENCE, free).await.expect("the place is free in the end");
+}
+
+/// Health and reflection, for which nobody needs credentials.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_open_to_all_takes_little_and_not_for_long() {
+    let (server, _db) = serve(|limits| limits.deadline = Duration::from_secs(1)).await;
+    let large = frame_bytes(&[0x0a; 4_097]);
+    let answer = Raw::connect(server.address).await.send_to("/grpc.health.v1.Health/Check", &[], large).await;
+    assert_eq!(answer.status.expect("a status").code(), Code::OutOfRange);
+    for path in ["grpc.health.v1.Health/Check", "grpc.reflection.v1.ServerReflection/ServerReflectionInfo"] {
+        for begun in [&[0, 0, 0, 0x0f, 0xff][..], &[0, 0xff, 0xff, 0xff, 0xff], &[0]] {
+            let stream = TcpStream::connect(server.address).await.unwrap();
+            let (mut sender, connection) = client::handshake(stream).await.unwrap();
+            tokio::spawn(connection);
+            let (answer, mut request) = sender.send_request(head(server.address, path), false).unwrap();
+            request.send_data(Bytes::from_static(begun), false).unwrap();
+            // A stream of questions goes on as long as its client likes, with as much as one of them takes.
+            if path.contains("Health") || begun[1..].starts_with(&[0xff]) {
+                let ended = async {
+                    let Ok(answer) = answer.await else { return };
+                    let mut body = answer.into_body();
+                    while let Some(Ok(_)) = body.data().await {}
+                };
+                timeout(PATIENCE, ended).await.expect("it is not waited for");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn roles_in_the_filter_of_a_watch() {
+    let (server, _db) = serve(|_| {}).await;
+    let filtered = |count: usize| WatchRoleChangesRequest {
+        roles: (0..count).map(|n| n.to_string()).collect(),
+        ..Default::default()
+    };
+    server.watch(filtered(1_000)).await;
+    let status = Watching::open(server.client.clone(), filtered(1_001)).await.map(|_| ()).unwrap_err();
+    assert_eq!((status.code(), &*reason(&status).1), (Code::InvalidArgument, "INVALID_FIELD"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_nobody_reads_keeps_its_place() {
+    let (server, _db) = serve(|limits| limits.calls = 1).await;
+    let stream = TcpStream::connect(server.address).await.unwrap();
+    let mut settings = client::Builder::new();
+    // Nothing of an answer may be sent but its headers.
+    settings.initial_window_size(0);
+    let (mut sender, mut connection) = settings.handshake(stream).await.unwrap();
+    let (read, reading) = oneshot::channel();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = &mut connection => return,
+            _ = reading => connection.set_initial_window_size(1 << 16).unwrap(),
+        }
+        let _ = connection.await;
+    });
+    let batch = BatchGetRolesRequest { user_ids: (1..=1_000).collect(), ..Default::default() };
+    let head = Request::post(format!("http://{}/{SERVICE}/BatchGetRoles", server.address));
+    let head = head.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap();
+    let (answer, mut request) = sender.send_request(head, false).unwrap();
+    request.send_data(frame(&batch), true).unwrap();
+    let mut answer = timeout(PATIENCE, answer).await.unwrap().unwrap().into_body();
+    refused_for_now(server.try_get(get(1)).await, Code::ResourceExhausted, "OVERLOADED");
+    read.send(()).unwrap();
+    while let Some(bytes) = timeout(PATIENCE, answer.data()).await.unwrap() {
+        let bytes = bytes.unwrap();
+        answer.flow_control().release_capacity(bytes.len()).unwrap();
+    }
+    let free = async { while server.try_get(get(1)).await.is_err() {} };
+    timeout(PATIENCE, free).await.expect("the place is free once it is read");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_per_second_of_each_caller() {
+    let house = House::new();
+    house.admit(&[token("eager", "1", "read"), token("eager", "2", "read"), token("other", "3", "read")]);
+    let db = Db::sqlite();
+    let mut setup = house.closed(Setup::new(&db));
+    setup.doors.allowance.calls_per_second = NonZeroU32::new(5);
+    let server = setup.serve().await;
+    let mut eager = plain(server.address, Some("1")).await;
+    let mut again = plain(server.address, Some("2")).await;
+    let mut let_in = 0;
+    let status = loop {
+        match eager.get_role(get(1)).await {
+            Ok(_) => let_in += 1,
+            Err(status) => break status,
+        }
+        assert!(let_in < 1_000, "no limit");
+    };
+    assert!(let_in >= 5, "{let_in}");
+    let (code, why, _) = reason(&status);
+    assert_eq!((code, &*why), (Code::ResourceExhausted, "RATE_LIMITED"));
+    let wait = status.get_details_retry_info().and_then(|info| info.retry_delay).expect("when to come back");
+    assert!(wait > Duration::ZERO && wait <= Duration::from_secs(1), "{wait:?}");
+    // By another token and connection it is the same caller; somebody else is not.
+    refused_for_now(again.get_role(get(1)).await, Code::ResourceExhausted, "RATE_LIMITED");
+    plain(server.address, Some("3")).await.get_role(get(1)).await.expect("another caller");
+    tokio::time::sleep(wait).await;
+    eager.get_role(get(1)).await.expect("after the wait that was asked for");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watches_of_each_caller() {
+    let house = House::new();
+    house.admit(&[token("a", "1", "watch"), token("b", "2", "watch")]);
+    let db = Db::sqlite();
+    let mut setup = house.closed(Setup::new(&db));
+    setup.doors.allowance.watches = 1;
+    let server = setup.serve().await;
+    let [mut a, mut again, mut b] = [
+        plain(server.address, Some("1")).await,
+        plain(server.address, Some("1")).await,
+        plain(server.address, Some("2")).await,
+    ];
+    let first = a.watch_role_changes(WatchRoleChangesRequest::default()).await.unwrap();
+    let second = again.watch_role_changes(WatchRoleChangesRequest::default()).await.map(drop);
+    refused_for_now(second, Code::ResourceExhausted, "TOO_MANY_WATCHES");
+    b.watch_role_changes(WatchRoleChangesRequest::default()).await.expect("another caller");
+    drop(first);
+    let free = async { while again.watch_role_changes(WatchRoleChangesRequest::default()).await.is_err() {} };
+    timeout(PATIENCE, free).await.expect("its place is free");
+}
+
+/// A GetRole of so many bytes, as a message of the contract: a field that it lacks is passed over.
+fn message_of(bytes: usize) -> Bytes {
+    let mut message = BytesMut::from(&get(1).encode_to_vec()[..]);
+    // Field 100, of a length that takes three bytes.
+    let text = bytes - message.len() - 5;
+    message.put_slice(&[0xa2, 0x06, text as u8 | 0x80, (text >> 7) as u8 | 0x80, (text >> 14) as u8]);
+    message.resize(bytes, b'x');
+    frame_bytes(&message)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_of_a_message() {
+    let (server, _db) = serve(|limits| limits.message_bytes = 100_000).await;
+    let mut raw = Raw::connect(server.address).await;
+    let within = raw.send("GetRole", message_of(100_000)).await;
+    assert_eq!(within.status.unwrap().code(), Code::Ok);
+    let over = raw.send("GetRole", message_of(100_001)).await.status.unwrap();
+    refused(Err::<(), _>(over), Code::ResourceExhausted, "MESSAGE_TOO_LARGE");
+    // Announced, and never sent: refused by its length, before there is any memory for it.
+    let mut announced = BytesMut::from(&[0_u8][..]);
+    announced.put_u32(u32::MAX);
+    let over = raw.send("GetRole", announced.freeze()).await.status.unwrap();
+    refused(Err::<(), _>(over), Code::ResourceExhausted, "MESSAGE_TOO_LARGE");
+    server.get(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn compressed_messages_are_not_unpacked() {
+    let (server, _db) = serve(|_| {}).await;
+    let mut raw = Raw::connect(server.address).await;
+    let mut packed = BytesMut::from(&frame_bytes(&[0x1f, 0x8b, 8, 0])[..]);
+    packed[0] = 1;
+    for (headers, code) in [
+        (&[("grpc-encoding", "gzip")][..], Code::Unimplemented),
+        (&[("grpc-encoding", "zstd")], Code::Unimplemented),
+        (&[], Code::InvalidArgument),
+    ] {
+        let answer = raw.send_to(&format!("/{SERVICE}/GetRole"), headers, packed.clone().freeze()).await;
+        assert_eq!(answer.status.unwrap().code(), code, "{headers:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_of_headers() {
+    let (server, _db) = serve(|_| {}).await;
+    let mut raw = Raw::connect(server.address).await;
+    let keys: Vec<String> = (0..1_000).map(|key| format!("x-key-{key:04}")).collect();
+    let long = "x".repeat(20_000);
+    let many: Vec<(&str, &str)> = keys.iter().map(|key| (&**key, "some value")).collect();
+    for headers in [&many[..], &[("x-long", &*long)]] {
+        let answer = raw.send_to(&format!("/{SERVICE}/GetRole"), headers, frame(&get(1))).await;
+        assert_eq!(answer.http, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+    }
+    let answer = raw.send_to(&format!("/{SERVICE}/GetRole"), &many[..100], frame(&get(1))).await;
+    assert_eq!(answer.status.unwrap().code(), Code::Ok, "the connection goes on");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_beginning_of_a_connection() {
+    let limit = Duration::from_millis(700);
+    let (server, _db) = serve(|limits| limits.handshake = limit).await;
+    for said in [&b""[..], &PREFACE[..23]] {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        in_time(until_closed(&mut stream).await, limit);
+    }
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+    assert!(until_closed(&mut stream).await < limit + SLACK, "what is no HTTP/2 is closed");
+
+    let house = House::new();
+    house.admit(&[token("bot", "sesame", "read")]);
+    let db = Db::sqlite();
+    let mut setup = house.tls(Setup::new(&db), false);
+    setup.limits.handshake = limit;
+    let server = setup.start().await;
+    for said in [&b""[..], &[22, 3, 1, 2, 0, 1]] {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        in_time(until_closed(&mut stream).await, limit);
+    }
+    // Both are one limit: TLS is there, and the rest does not follow.
+    let mut stream = house.handshake(server.address).await.unwrap();
+    stream.write_all(&PREFACE[..10]).await.unwrap();
+    assert!(until_closed(&mut stream).await < limit + SLACK);
+}
+
+/// A client that begins and then says nothing more, answers no ping, and holds no stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_are_silent() {
+    let (server, _db) = serve(|limits| limits.keepalive = Duration::from_secs(1)).await;
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    stream.write_all(&[PREFACE, &SETTINGS].concat()).await.unwrap();
+    in_time(until_closed(&mut stream).await, Duration::from_secs(1) + PING);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watches_of_clients_that_are_gone_without_a_word() {
+    let (server, _db) = serve(|limits| limits.keepalive = Duration::from_secs(1)).await;
+    let wire = Wire::default();
+    let mut raw = Raw::connect_over(server.address, &wire).await;
+    let path = format!("/{SERVICE}/WatchRoleChanges");
+    let watch = tokio::spawn(async move { raw.send_to(&path, &[], frame(&every(SELDOM))).await });
+    server.until_stats("the watch is open", |stats| stats.event_handlers == 1).await;
+    wire.deafen(true);
+    let begun = Instant::now();
+    server.until_stats("the watch is closed", |stats| stats.event_handlers == 0).await;
+    assert!(begun.elapsed() < Duration::from_secs(1) + PING + SLACK, "{:?}", begun.elapsed());
+    watch.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_nothing_goes_over() {
+    let (server, _db) = serve(|limits| limits.idle = Duration::from_secs(1)).await;
+    let mut busy = server.watch(every(Duration::from_millis(300))).await;
+    // A client as they are answers the goodbye at once.
+    let stream = TcpStream::connect(server.address).await.unwrap();
+    let (sender, connection) = client::handshake(stream).await.unwrap();
+    let begun = Instant::now();
+    timeout(PATIENCE, connection).await.expect("it is closed").expect("by a goodbye");
+    in_time(begun.elapsed(), Duration::from_secs(1));
+    drop(sender);
+    // A watch is something that goes over one.
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until {
+        busy.next().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn time_of_a_call() {
+    let (db, gates) = (Db::sqlite(), Gates::default());
+    let mut setup = Setup::new(&db).wrap(gates.guard());
+    setup.limits.deadline = Duration::from_millis(700);
+    setup.limits.calls = 1;
+    let server = setup.serve().await;
+    gates.roles.close();
+    let begun = Instant::now();
+    let mut raw = Raw::connect(server.address).await;
+    let status = raw.within(Duration::from_secs(600), "GetRole", &get(1)).await;
+    refused(Err::<(), _>(status), Code::DeadlineExceeded, "DEADLINE");
+    in_time(begun.elapsed(), Duration::from_millis(700));
+    gates.roles.open();
+
+    // A body that does not end has its place for as long, too.
+    let answer = endless_body(server.address).await;
+    let begun = Instant::now();
+    let status = timeout(PATIENCE, answer).await.expect("it is answered");
+    refused(Err::<(), _>(status), Code::DeadlineExceeded, "DEADLINE");
+    assert!(begun.elapsed() < Duration::from_millis(700) + SLACK);
+    let free = async { while server.try_get(get(1)).await.is_err() {} };
+    timeout(PATIENCE, free).await.expect("its place is free");
+    // A watch is no call: it is open for as long as it likes.
+    let mut watch = server.watch(every(Duration::from_millis(200))).await;
+    for _ in 0..6 {
+        watch.next().await;
+    }
+}
+
+/// Sends half a message, and answers with the status that comes.
+async fn endless_body(address: SocketAddr) -> impl Future<Output = Status> {
+    let stream = TcpStream::connect(address).await.unwrap();
+    let (mut sender, connection) = client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let head = Request::post(format!("http://{address}/{SERVICE}/GetRole"));
+    let head = head.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap();
+    let (answer, mut body) = sender.send_request(head, false).unwrap();
+    body.send_data(frame(&get(1)).slice(..6), false).unwrap();
+    async move {
+        let answer = answer.await.unwrap();
+        drop((body, sender));
+        Status::from_header_map(answer.headers()).expect("a status at once")
+    }
+}
