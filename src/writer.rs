@@ -36,7 +36,7 @@ const QUEUE: usize = 4_096;
 const GROUP: usize = 256;
 
 /// How long a call waits for its group, while a store that does not answer keeps the one before.
-const TURN_LIMIT: Duration = Duration::from_millis(2500);
+const TURN_LIMIT: Duration = Duration::from_millis(1900);
 
 /// How often, and for how long, a call is tried again whose row somebody holds.
 const BUSY_RETRY: Duration = Duration::from_millis(50);
@@ -151,9 +151,9 @@ impl Writer {
 
     /// Waits until a write is applied, in the history in which it was handed over.
     async fn confirm(&self, before: Place, written: &Written) -> Result<(), HistoryEnded> {
-        let applied = before.applied.revision;
-        if written.revision < applied || (written.revision == applied && !written.changes.is_empty()) {
-            // The first attempt of long ago; or the store has gone back in time, and the tailer is about to find out.
+        if written.revision <= before.applied.revision {
+            // Nothing changed, or the first attempt did it long ago; or the store has gone back in time, shows the same
+            // numbers again, and the tailer is about to find out.
             self.step.proven_anew().await;
         }
         self.step.reach_in(before.history, written.revision).await
@@ -264,14 +264,14 @@ async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committe
     step.nudge();
     // After a connection that broke the next one may be sound; after silence it is not.
     let silent = now.elapsed() >= TURN_LIMIT;
-    let lost = outcomes.iter().try_fold(None, |_, outcome| match outcome {
-        Err(WriteError::Unreachable(cause)) => Some(Some(cause.clone())),
-        Err(WriteError::OutcomeUnknown(cause)) if silent => Some(Some(cause.clone())),
+    let lost = outcomes.iter().find_map(|outcome| match outcome {
+        Err(WriteError::Unreachable(cause)) => Some(cause.clone()),
+        Err(WriteError::OutcomeUnknown(cause)) if silent => Some(cause.clone()),
         _ => None,
     });
     let answered = waiting.into_iter().zip(outcomes);
     let again = answered.filter_map(|(pending, outcome)| pending.settle(outcome)).collect();
-    Committed { again, lost: lost.flatten() }
+    Committed { again, lost }
 }
 
 fn no_turn() -> Cause {

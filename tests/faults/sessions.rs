@@ -11,8 +11,9 @@ use crate::support::postgres::Session;
 /// Until nobody else has a session.
 const TAKEN: Duration = Duration::from_secs(10);
 
-/// Closed, and so given back, when it is dropped.
-pub struct Sessions(#[expect(dead_code, reason = "held")] Vec<TcpStream>);
+/// All of them, its own one too; closed, and so given back, when it is dropped.
+#[expect(dead_code, reason = "held")]
+pub struct Sessions(Session, Vec<TcpStream>);
 
 impl Sessions {
     /// Takes all there are, and ends those of the replicas until none of them has one.
@@ -29,7 +30,7 @@ impl Sessions {
                 "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'rolecache';",
             );
             if left == "0" {
-                return Self(taken);
+                return Self(own, taken);
             }
             assert!(Instant::now() < until, "replicas have {left} sessions after {} were taken", taken.len());
         }

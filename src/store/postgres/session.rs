@@ -21,7 +21,11 @@ pub(super) const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(10);
 pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(2);
+/// Of the writer, whose callers have waited for their turn before.
+const WRITER_ACQUIRE_LIMIT: Duration = Duration::from_secs(1);
 const MARGIN: Duration = Duration::from_secs(1);
+/// Of a connection's answer whether it is still there; what is left of the limit above is for a new one.
+const PING_LIMIT: Duration = Duration::from_millis(400);
 /// Of upkeep: a commit of a million changes is trimmed as a whole.
 pub(super) const UPKEEP_LIMIT: Duration = Duration::from_secs(120);
 /// After this long without use a connection is asked whether it is still there.
@@ -113,12 +117,12 @@ impl Pools {
         // Without statistics the planner would rather sort a commit of a million changes than walk its key.
         let log = usual.clone().options([("enable_bitmapscan", "off"), ("enable_seqscan", "off")]);
         Self {
-            reads: pool(12).connect_lazy_with(usual.clone()),
-            lists: pool(8).connect_lazy_with(log.clone()),
-            log: pool(6).connect_lazy_with(log),
+            reads: pool(12, TRUSTED_IDLE).connect_lazy_with(usual.clone()),
+            lists: pool(8, TRUSTED_IDLE).connect_lazy_with(log.clone()),
+            log: pool(6, TRUSTED_IDLE).connect_lazy_with(log),
             // Asked before each use: a write that finds its connection gone would be one with an unknown outcome.
-            writer: pool(2).test_before_acquire(true).connect_lazy_with(usual),
-            upkeep: pool(2).connect_lazy_with(session(url, UPKEEP_LIMIT)),
+            writer: pool(2, Duration::ZERO).acquire_timeout(WRITER_ACQUIRE_LIMIT).connect_lazy_with(usual),
+            upkeep: pool(2, TRUSTED_IDLE).connect_lazy_with(session(url, UPKEEP_LIMIT)),
         }
     }
 
@@ -133,12 +137,13 @@ impl Pools {
     }
 }
 
-fn pool(most: u32) -> PgPoolOptions {
+/// Connections that are trusted for so long after their last use, and then asked.
+fn pool(most: u32, trusted: Duration) -> PgPoolOptions {
     PgPoolOptions::new().max_connections(most).acquire_timeout(ACQUIRE_LIMIT).test_before_acquire(false).before_acquire(
-        |conn, meta| {
+        move |conn, meta| {
             Box::pin(async move {
-                Ok(meta.idle_for < TRUSTED_IDLE
-                    || tokio::time::timeout(MARGIN, conn.ping()).await.is_ok_and(|it| it.is_ok()))
+                Ok(meta.idle_for < trusted
+                    || tokio::time::timeout(PING_LIMIT, conn.ping()).await.is_ok_and(|it| it.is_ok()))
             })
         },
     )
