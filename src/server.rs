@@ -338,7 +338,7 @@ async fn report_health(grpc: Arc<Grpc>, step: Step, cache: Arc<RoleCache>) -> In
             ready = true;
             tracing::info!(revision = step.applied().0, "ready");
         }
-        let age = step.standing().proof_age;
+        let age = step.standing().proof_age();
         // A new history has no proof for a moment, which is no reason to send everybody away, unless the store is lost.
         let answers = match age {
             Some(age) => age <= cache.max_staleness(),

@@ -59,8 +59,8 @@ pub struct Place {
 pub struct Standing {
     pub applied: Revision,
     pub history: History,
-    /// Since the last proving read of the log was sent; None before the first of this history.
-    pub proof_age: Option<Duration>,
+    /// When the last proving read of the log was sent; None before the first of this history.
+    proof: Option<Moment>,
 }
 
 /// The history that was waited in is no longer the store's.
@@ -135,16 +135,22 @@ impl Moment {
         Self(self.0 - age.as_nanos() as u64)
     }
 
-    fn age(nanos: u64) -> Duration {
-        Duration::from_nanos(Self::now().0.saturating_sub(nanos))
+    fn elapsed(self) -> Duration {
+        Duration::from_nanos(Self::now().0.saturating_sub(self.0))
     }
 }
 
 // === impl Standing ===
 
 impl Standing {
+    /// How old the proof is by now.
+    pub fn proof_age(&self) -> Option<Duration> {
+        self.proof.map(Moment::elapsed)
+    }
+
+    /// Whether its proof holds, still.
     pub fn is_proven(&self) -> bool {
-        self.proof_age.is_some_and(|age| age <= PROOF_HOLDS)
+        self.proof_age().is_some_and(|age| age <= PROOF_HOLDS)
     }
 }
 
@@ -153,21 +159,22 @@ impl Standing {
 impl Step {
     /// What the replica stands on.
     pub fn standing(&self) -> Standing {
-        let proof = self.0.proof.load(Ordering::SeqCst);
+        let proof = self.proof();
         let place = self.place();
-        Standing { applied: place.applied.revision, history: place.history, proof_age: Self::age(proof) }
+        Standing { applied: place.applied.revision, history: place.history, proof }
     }
 
     /// The same without a lock, for the hot path: of one history only if [`Step::history`] is still the same after the
     /// entry was read.
     pub fn glance(&self) -> Standing {
         let history = self.history();
-        let proof = self.0.proof.load(Ordering::SeqCst);
-        Standing { applied: self.applied(), history, proof_age: Self::age(proof) }
+        let proof = self.proof();
+        Standing { applied: self.applied(), history, proof }
     }
 
-    fn age(proof: u64) -> Option<Duration> {
-        (proof != 0).then(|| Moment::age(proof))
+    fn proof(&self) -> Option<Moment> {
+        let sent = self.0.proof.load(Ordering::SeqCst);
+        (sent != 0).then_some(Moment(sent))
     }
 
     pub fn applied(&self) -> Revision {

@@ -225,8 +225,7 @@ impl RoleCache {
         let revision = found.head.revision;
         self.step.nudge();
         if place.history == history && revision < place.applied.revision {
-            // The store has forgotten commits. The tailer, nudged, finds out what happened and begins a new history.
-            let _ = timeout(STEP_LIMIT, self.step.reach_in(history, Revision(i64::MAX))).await;
+            self.history_ends(history).await;
             return Ok(());
         }
         let limit = if self.is_far_behind() { Duration::ZERO } else { STEP_LIMIT };
@@ -235,6 +234,11 @@ impl RoleCache {
             Ok(Err(HistoryEnded)) => return Ok(()),
             Err(_) => false,
         };
+        let now = self.step.place();
+        if now.history == history && now.applied.revision == revision && now.applied.tag != found.head.tag {
+            self.history_ends(history).await;
+            return Ok(());
+        }
         for (user, role) in users.into_iter().zip(found.roles) {
             let fill = &running[&user];
             let filled = match reached {
@@ -247,6 +251,11 @@ impl RoleCache {
             }
         }
         Ok(())
+    }
+
+    /// The store has forgotten commits. The tailer, nudged, finds out what happened and begins a new history.
+    async fn history_ends(&self, history: History) {
+        let _ = timeout(STEP_LIMIT, self.step.reach_in(history, Revision(i64::MAX))).await;
     }
 
     /// Puts a role in that was read at `revision`, which is applied; None if a later commit has touched the user, or

@@ -19,7 +19,7 @@ use crate::{
 pub(super) struct Wish {
     /// By a query that is sent after this.
     pub(super) fresh: Option<Ticket>,
-    /// As hits and misses; reads that ask for the store are neither.
+    /// As hits and misses; reads that ask for the store are neither, and one that has to begin again was counted.
     pub(super) counted: bool,
 }
 
@@ -31,13 +31,14 @@ struct Joining {
 }
 
 impl RoleCache {
-    /// The roles of users by fills, one each, and the oldest revision among them. None is older than `standing`.
+    /// The roles of users by fills, one each, and the oldest revision among them, which is not older than `standing`. None
+    /// where its history has ended.
     pub(super) async fn fill_all(
         &self,
         users: &[UserId],
         standing: Standing,
         wish: Wish,
-    ) -> Result<(Vec<RoleName>, Revision), ReadError> {
+    ) -> Result<Option<(Vec<RoleName>, Revision)>, ReadError> {
         // A user who is asked twice is read once: two reads could tell two roles in one answer.
         let mut places = HashMap::new();
         let mut distinct = Vec::new();
@@ -76,7 +77,7 @@ impl RoleCache {
                 if filled.revision > self.step.applied() && self.is_far_behind() {
                     self.floor.raise(standing.history, filled.revision);
                 } else if self.step.reach_in(standing.history, filled.revision).await.is_err() {
-                    return Err(ReadError::history_moved());
+                    return Ok(None);
                 }
                 if filled.revision >= standing.applied {
                     found[index] = Some(filled);
@@ -86,13 +87,13 @@ impl RoleCache {
             }
         }
         if self.step.history() != standing.history {
-            return Err(ReadError::history_moved());
+            return Ok(None);
         }
         let found: Vec<Filled> = found.into_iter().flatten().collect();
         let oldest = found.iter().map(|filled| filled.revision).min().unwrap_or(standing.applied);
         // True as of what was read, so of what is applied too, which is what a later read may be as old as.
         let oldest = oldest.min(self.step.applied());
-        Ok((asked.into_iter().map(|place| found[place].role.clone()).collect(), oldest))
+        Ok(Some((asked.into_iter().map(|place| found[place].role.clone()).collect(), oldest)))
     }
 
     fn join(&self, index: usize, user: UserId, wish: Wish, is_accounted: &mut bool) -> Result<Joining, ReadError> {

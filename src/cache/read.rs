@@ -156,7 +156,7 @@ impl RoleCache {
         // Whatever this read gets from the store has to be read after this moment, where it asks for a fresh answer.
         let ahead = query.min_revision > self.step.applied();
         let fresh = (query.fully_consistent || ahead).then(|| self.fills.ticket());
-        let wish = Wish { fresh, counted: !query.fully_consistent };
+        let mut wish = Wish { fresh, counted: !query.fully_consistent };
         loop {
             if self.step.is_between_histories() {
                 if self.step.feed() == FeedState::Disconnected {
@@ -175,11 +175,11 @@ impl RoleCache {
                 continue;
             }
             let answer = match footing {
-                Footing::Cache(standing) => self.answer_from_cache(users, standing, wish).await?,
-                Footing::Store(standing) => self.answer_from_store(users, standing, wish).await?,
-                Footing::Stale(standing) => self.answer_stale(users, standing)?,
+                Footing::Cache(standing) => self.answer_from_cache(users, standing, &mut wish).await?,
+                Footing::Store(standing) => self.answer_from_store(users, standing, &mut wish).await?,
+                Footing::Stale(standing) => self.answer_stale(users, standing, &wish)?,
             };
-            // Of another history than it began in: its roles and its revision may not belong together.
+            // None: of another history than it began in, or too old by now.
             if let Some(answer) = answer {
                 return Ok(answer);
             }
@@ -238,7 +238,7 @@ impl RoleCache {
         &self,
         users: &[UserId],
         standing: Standing,
-        wish: Wish,
+        wish: &mut Wish,
     ) -> Result<Option<ReadAnswer>, ReadError> {
         let mut roles: Vec<Option<RoleName>> = users.iter().map(|user| self.look(*user)).collect();
         let missing: Vec<usize> = (0..users.len()).filter(|index| roles[*index].is_none()).collect();
@@ -250,19 +250,29 @@ impl RoleCache {
         if self.step.history() != standing.history {
             return Ok(None);
         }
-        self.counters.hits.fetch_add((users.len() - missing.len()) as u64, Ordering::Relaxed);
-        self.counters.misses.fetch_add(missing.len() as u64, Ordering::Relaxed);
+        self.count(wish, users.len() - missing.len(), missing.len());
         if missing.is_empty() {
             let roles = roles.into_iter().flatten().collect();
             return Ok(Some(ReadAnswer { roles, revision: standing.applied, source: Source::Cache, stale: false }));
         }
         let users_missing: Vec<UserId> = missing.iter().map(|index| users[*index]).collect();
-        let (filled, oldest) = self.fill_all(&users_missing, standing, wish).await?;
+        let Some((filled, oldest)) = self.fill_all(&users_missing, standing, *wish).await? else {
+            wish.counted = false;
+            return Ok(None);
+        };
         for (index, role) in missing.into_iter().zip(filled) {
             roles[index] = Some(role);
         }
-        // Where everything was loaded the answer is as new as the load; hits are only as new as the look at them.
-        let revision = if users_missing.len() == users.len() { oldest } else { standing.applied };
+        // Where everything was loaded the answer is as new as the load; hits are only as new as the look at them, whose
+        // proof may have run out meanwhile: then all are looked at again.
+        let revision = match users_missing.len() == users.len() {
+            true => oldest,
+            false if standing.is_proven() => standing.applied,
+            false => {
+                wish.counted = false;
+                return Ok(None);
+            }
+        };
         let roles = roles.into_iter().flatten().collect();
         Ok(Some(ReadAnswer { roles, revision, source: Source::Store, stale: false }))
     }
@@ -271,32 +281,30 @@ impl RoleCache {
         &self,
         users: &[UserId],
         standing: Standing,
-        wish: Wish,
+        wish: &mut Wish,
     ) -> Result<Option<ReadAnswer>, ReadError> {
         // A lost feed must not drown the database; a fully consistent read of a healthy one may ask.
         let _turn = match standing.is_proven() {
             true => None,
             false => Some(self.fallback.try_acquire().map_err(|_| ReadError::Overloaded)?),
         };
-        if wish.counted {
-            self.counters.misses.fetch_add(users.len() as u64, Ordering::Relaxed);
-        }
+        self.count(wish, 0, users.len());
         // Nothing else says how old the answer of a query is that is on its way already.
-        let wish = Wish { fresh: wish.fresh.or_else(|| Some(self.fills.ticket())), ..wish };
-        let (roles, revision) = self.fill_all(users, standing, wish).await?;
-        Ok(Some(ReadAnswer { roles, revision, source: Source::Store, stale: false }))
+        let fresh = wish.fresh.or_else(|| Some(self.fills.ticket()));
+        let filled = self.fill_all(users, standing, Wish { fresh, ..*wish }).await?;
+        wish.counted = false;
+        Ok(filled.map(|(roles, revision)| ReadAnswer { roles, revision, source: Source::Store, stale: false }))
     }
 
-    fn answer_stale(&self, users: &[UserId], standing: Standing) -> Result<Option<ReadAnswer>, ReadError> {
+    fn answer_stale(&self, users: &[UserId], standing: Standing, wish: &Wish) -> Result<Option<ReadAnswer>, ReadError> {
         // Without a proof in this history there is nothing that was ever true.
-        let Some(age) = standing.proof_age else { return Err(ReadError::silent()) };
+        let Some(age) = standing.proof_age() else { return Err(ReadError::silent()) };
         let roles: Vec<RoleName> = users.iter().filter_map(|user| self.look(*user)).collect();
         if self.step.history() != standing.history {
             return Ok(None);
         }
         // A read that is refused counts too: it was a hit or a miss, and then too old.
-        self.counters.hits.fetch_add(roles.len() as u64, Ordering::Relaxed);
-        self.counters.misses.fetch_add((users.len() - roles.len()) as u64, Ordering::Relaxed);
+        self.count(wish, roles.len(), users.len() - roles.len());
         if roles.len() < users.len() {
             return Err(ReadError::silent());
         }
@@ -305,6 +313,13 @@ impl RoleCache {
         }
         self.counters.stale_answers.fetch_add(1, Ordering::Relaxed);
         Ok(Some(ReadAnswer { roles, revision: standing.applied, source: Source::Cache, stale: true }))
+    }
+
+    fn count(&self, wish: &Wish, hits: usize, misses: usize) {
+        if wish.counted {
+            self.counters.hits.fetch_add(hits as u64, Ordering::Relaxed);
+            self.counters.misses.fetch_add(misses as u64, Ordering::Relaxed);
+        }
     }
 }
 
@@ -320,10 +335,6 @@ struct ReadAnswer {
 impl ReadError {
     pub(super) fn silent() -> Self {
         Self::Unreachable(Arc::new(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time")))
-    }
-
-    pub(super) fn history_moved() -> Self {
-        Self::Unreachable(Arc::new(std::io::Error::other("its history changed while a role was read")))
     }
 }
 

@@ -514,6 +514,32 @@ async fn a_write_into_a_history_that_is_not_followed_yet_is_not_confirmed() {
     assert_eq!(server.get(1).await.role, "user");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_same_number_in_another_history_proves_nothing() {
+    let db = Db::postgres().await;
+    let gates = Gates::default();
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    let revisions = write(&server, 20).await;
+    gates.read_log.close();
+    gates.read_log.arrived().await;
+    // One commit is taken away, and one put in its place.
+    rewrite(&db, revisions[18]);
+    assert_eq!(db.head(), revisions[19]);
+    let nothing_to_do = server.begin_set(1, "moderator");
+    let mut client = server.client.clone();
+    let request = GetRoleRequest { user_id: 9, ..Default::default() };
+    let miss = calls::InFlight::begin(async move { Ok(client.get_role(request).await?.into_inner()) });
+    for _ in 0..20 {
+        server.stats().await;
+    }
+    assert!(!nothing_to_do.is_finished(), "who reads now gets a role of the history before");
+    assert!(!miss.is_finished(), "who reads others now gets their roles of the history before");
+    gates.read_log.open();
+    calls::refused(nothing_to_do.outcome().await, Code::Unknown, "OUTCOME_UNKNOWN");
+    miss.outcome().await.expect("it is answered from the new history");
+    assert_eq!(server.get(1).await.role, "moderator");
+}
+
 /// A small generator, so that a failure can be had again from the seed that it printed.
 pub(crate) struct Random(u64);
 

@@ -1,16 +1,13 @@
 //! The self-check: it finds each kind of difference, and starts the cache anew.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::timeout;
 
-use super::truth::{State, Truth, anchor, role_in};
+use super::truth::{State, Truth, anchor, commit, role_in};
 use crate::{
     cache::{Mode, Options, RoleCache, cache},
-    role::{Anchor, Change, Commit, Origin, RoleName, UserId},
+    role::{Commit, RoleName, UserId},
     step::{self, Moment},
 };
 
@@ -46,20 +43,7 @@ async fn in_step(mode: Mode) -> (Arc<RoleCache>, Arc<Truth>) {
 }
 
 fn first_commit() -> Commit {
-    let change = |(user, role): (i64, &str)| Change {
-        index: user as u64 - 1,
-        user: UserId(user),
-        old: None,
-        new: Some(RoleName::held(role)),
-        username: None,
-        origin: Origin::Sql,
-        actor: "test".into(),
-        reason: None,
-        transfer: None,
-    };
-    let changes: Vec<Change> = [(1, "admin"), (2, "admin"), (3, "moderator")].map(change).into();
-    let Anchor { revision, tag } = anchor(1);
-    Commit { revision, tag, at: SystemTime::UNIX_EPOCH, size: changes.len() as u64, changes }
+    commit(1, [(1, None, Some("admin")), (2, None, Some("admin")), (3, None, Some("moderator"))])
 }
 
 async fn check(cache: &Arc<RoleCache>) {

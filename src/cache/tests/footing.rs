@@ -7,10 +7,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::truth::{State, Truth, anchor};
+use super::truth::{State, Truth, anchor, commit};
 use crate::{
     cache::{Answer, Mode, Options, Query, ReadError, RoleCache, cache},
-    role::{Revision, UserId},
+    role::{Revision, RoleName, UserId},
     step::{self, FeedState, Moment, PROOF_HOLDS, Stepper},
 };
 
@@ -82,4 +82,39 @@ async fn a_read_of_the_store_does_not_join_a_query_from_before_it() {
     truth.may_read.add_permits(1);
     truth.may_arrive.add_permits(1);
     assert_eq!(late.await.unwrap().unwrap().role.as_str(), "user");
+}
+
+#[tokio::test]
+async fn what_was_in_memory_is_looked_at_again_where_its_proof_ran_out_meanwhile() {
+    let truth = Arc::new(Truth::new());
+    truth.states.lock().unwrap().push(State::from([(7, "admin")]));
+    let (cache, stepper) = unproven(&truth, 1);
+    let step = stepper.reader();
+    stepper.prove(Moment::now());
+    truth.may_read.add_permits(1);
+    truth.may_arrive.add_permits(1);
+    assert_eq!(begin_get(&cache, 0).await.unwrap().unwrap().role.as_str(), "admin");
+    // It holds for a little longer, and the query takes more than that.
+    stepper.prove(Moment::now().before(PROOF_HOLDS - Duration::from_millis(200)));
+    truth.may_read.add_permits(1);
+    let both = tokio::spawn({
+        let cache = cache.clone();
+        let query = Query { min_revision: Revision(0), fully_consistent: false, deadline: None };
+        async move { cache.get_many(&[UserId(7), UserId(8)], query).await }
+    });
+    until(|| truth.may_read.available_permits() == 0).await;
+    until(|| !step.standing().is_proven()).await;
+    truth.states.lock().unwrap().push(State::new());
+    cache.apply(&commit(2, [(7, Some("admin"), Some("user"))]));
+    stepper.advance(anchor(2));
+    truth.may_arrive.add_permits(1);
+    until(|| {
+        stepper.prove(Moment::now());
+        both.is_finished()
+    })
+    .await;
+    let answers = both.await.unwrap().unwrap();
+    assert_eq!(answers.roles.iter().map(RoleName::as_str).collect::<Vec<_>>(), ["user", "user"]);
+    let stats = cache.stats();
+    assert_eq!((stats.hits, stats.misses), (1, 2), "each is counted once");
 }

@@ -2,13 +2,13 @@
 
 use std::{
     sync::{Arc, Barrier},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use super::truth::{DEFAULT, Truth, anchor};
+use super::truth::{DEFAULT, Truth, anchor, commit};
 use crate::{
     cache::{Mode, Options, RoleCache, cache},
-    role::{Change, Commit, Origin, RoleName, UserId},
+    role::Commit,
     step::{self, Stepper},
 };
 
@@ -28,20 +28,7 @@ fn complete() -> (Arc<RoleCache>, Stepper) {
 
 /// Takes the admin role from everybody.
 fn demotion() -> Commit {
-    let change = |user| Change {
-        index: 0,
-        user: UserId(user),
-        old: Some(RoleName::held("admin")),
-        new: Some(RoleName::held(DEFAULT)),
-        username: None,
-        origin: Origin::Sql,
-        actor: "test".into(),
-        reason: None,
-        transfer: None,
-    };
-    let changes: Vec<Change> = (1..=USERS).map(change).collect();
-    let crate::role::Anchor { revision, tag } = anchor(1);
-    Commit { revision, tag, at: SystemTime::UNIX_EPOCH, size: changes.len() as u64, changes }
+    commit(1, (1..=USERS).map(|user| (user, Some("admin"), Some(DEFAULT))))
 }
 
 #[test]

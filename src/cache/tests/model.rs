@@ -1,10 +1,7 @@
 //! The cache against a model: whatever the order in which commits, queries, evictions and new histories come, every
 //! entry is the store's state at `applied`, and every answer is true as of its revision.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use proptest::prelude::*;
 use tokio::{
@@ -12,10 +9,10 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::truth::{DEFAULT, State, Truth, anchor, role_in};
+use super::truth::{DEFAULT, State, Truth, anchor, commit, role_in};
 use crate::{
     cache::{Answer, Mode, Options, Query, ReadError, RoleCache, cache},
-    role::{Anchor, Change, Commit, Origin, Revision, RoleName, UserId},
+    role::{Commit, Revision, UserId},
     step::{self, Moment, Stepper},
 };
 
@@ -156,25 +153,14 @@ impl World {
         let mut states = self.truth.states.lock().unwrap();
         let mut state = states.last().unwrap().clone();
         let revision = states.len();
-        let log = changes.iter().enumerate().map(|(index, (user, new))| Change {
-            index: index as u64,
-            user: UserId(*user),
-            old: match new {
+        let log = changes.iter().map(|(user, new)| {
+            let old = match new {
                 Some(role) => state.insert(*user, role),
                 None => state.remove(user),
-            }
-            .map(RoleName::held),
-            new: new.map(RoleName::held),
-            username: None,
-            origin: Origin::Sql,
-            actor: "model".into(),
-            reason: None,
-            transfer: None,
+            };
+            (*user, old, *new)
         });
-        let changes: Vec<Change> = log.collect();
-        let Anchor { revision, tag } = anchor(revision);
-        let size = changes.len() as u64;
-        self.commits.push(Commit { revision, tag, at: SystemTime::UNIX_EPOCH, size, changes });
+        self.commits.push(commit(revision, log));
         states.push(state);
     }
 
@@ -225,13 +211,7 @@ impl World {
         let head = anchor(states.len() - 1);
         drop(states);
         self.commits.truncate(kept - 1);
-        self.commits.push(Commit {
-            revision: head.revision,
-            tag: head.tag,
-            at: SystemTime::UNIX_EPOCH,
-            size: 0,
-            changes: Vec::new(),
-        });
+        self.commits.push(commit(head.revision.0 as usize, []));
         self.applied = self.commits.len();
         self.told = Revision(0);
         self.stepper.begin_history();

@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use shuttle::{
@@ -16,10 +16,10 @@ use shuttle::{
     scheduler::{PctScheduler, RandomScheduler, Scheduler},
 };
 
-use super::truth::{DEFAULT, State, Truth, anchor, role_in};
+use super::truth::{DEFAULT, State, Truth, anchor, commit, role_in};
 use crate::{
     cache::{Answer, Filler, Mode, Options, Query, RoleCache, cache},
-    role::{Change, Commit, Origin, Revision, RoleName, UserId},
+    role::{Revision, UserId},
     step::{self, Moment, Stepper},
 };
 
@@ -34,20 +34,6 @@ const SCHEDULES: u64 = 2_000;
 /// Preemptions that PCT looks for.
 const DEPTH: usize = 3;
 
-fn change(user: i64, old: &str, new: &str) -> Change {
-    Change {
-        index: 0,
-        user: UserId(user),
-        old: Some(RoleName::held(old)),
-        new: Some(RoleName::held(new)),
-        username: None,
-        origin: Origin::Sql,
-        actor: "test".into(),
-        reason: None,
-        transfer: None,
-    }
-}
-
 /// Commits, each applied some time after it is in the store.
 async fn commit_and_apply(truth: Arc<Truth>, cache: Arc<RoleCache>, stepper: Stepper) {
     const ROLES: [&str; 3] = ["admin", DEFAULT, "owner"];
@@ -57,13 +43,7 @@ async fn commit_and_apply(truth: Arc<Truth>, cache: Arc<RoleCache>, stepper: Ste
         let role = ROLES[revision % 3];
         let mut after = before.clone();
         after.insert(user, role);
-        let commit = Commit {
-            revision: anchor(revision).revision,
-            tag: anchor(revision).tag,
-            at: SystemTime::UNIX_EPOCH,
-            size: 1,
-            changes: vec![change(user, role_in(&before, user), role)],
-        };
+        let commit = commit(revision, [(user, Some(role_in(&before, user)), Some(role))]);
         truth.states.lock().unwrap().push(after);
         yield_now().await;
         cache.apply(&commit);

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::{
-    role::{Anchor, MailboxId, Revision, RoleName, Tag, UserId, UserRow},
+    role::{Anchor, Change, Commit, MailboxId, Origin, Revision, RoleName, Tag, UserId, UserRow},
     store::{
         Call, ChangePage, Facts, ListPosition, LogError, Page, Position, Roles, Snapshot, Store, StoreError, StoreKind,
         Trimmed, UserPage, WriteError, Written,
@@ -45,6 +45,27 @@ pub(super) fn role_in(state: &State, user: i64) -> &'static str {
 
 pub(super) fn anchor(revision: usize) -> Anchor {
     Anchor { revision: Revision(revision as i64), tag: Tag(Uuid::nil()) }
+}
+
+/// A commit of these changes: a user, the role before and the role after, if there was one.
+pub(super) fn commit<'a>(
+    revision: usize,
+    changes: impl IntoIterator<Item = (i64, Option<&'a str>, Option<&'a str>)>,
+) -> Commit {
+    let change = |(index, (user, old, new)): (u64, (i64, Option<&str>, Option<&str>))| Change {
+        index,
+        user: UserId(user),
+        old: old.map(RoleName::held),
+        new: new.map(RoleName::held),
+        username: None,
+        origin: Origin::Sql,
+        actor: "test".into(),
+        reason: None,
+        transfer: None,
+    };
+    let changes: Vec<Change> = (0..).zip(changes).map(change).collect();
+    let Anchor { revision, tag } = anchor(revision);
+    Commit { revision, tag, at: SystemTime::UNIX_EPOCH, size: changes.len() as u64, changes }
 }
 
 // === impl Truth ===
