@@ -12,10 +12,11 @@ mod token;
 mod watch;
 mod writes;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use tokio::runtime::Runtime;
 
 use crate::config::{MigrateArgs, ServeArgs};
 
@@ -146,8 +147,19 @@ struct Failure {
 }
 
 /// Parses the command line and runs the command to its end.
-pub async fn main() -> ExitCode {
-    Cli::parse().run().await.into()
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            output::talk(format_args!("error: no threads could be started: {error}"));
+            return Exit::Refused.into();
+        }
+    };
+    let exit = runtime.block_on(cli.run());
+    // Dropped, it would wait for whatever blocks a thread: a look-up of a name, a disk that does not answer.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    exit.into()
 }
 
 // === impl Cli ===
