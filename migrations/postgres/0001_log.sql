@@ -134,13 +134,13 @@ begin
   return (select f.default_role from rolecache.feed f);
 end $$;
 
--- A user as the table has it now.
+-- A user as the table has it now. By number: a name would be taken for a column of that name where the table has one.
 create function rolecache.standing(id bigint, out role text, out username text) returns setof record
 language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off set row_security = off as $$
 #variable_conflict use_column
 begin
   return query
-  select rolecache.role_of(u.role), to_jsonb(u) ->> 'username' from public.users u where u.user_id = id;
+  select rolecache.role_of(u.role), to_jsonb(u) ->> 'username' from public.users u where u.user_id = $1;
 end $$;
 
 -- The same as log_change, spelled out: a call per row would double the cost of a bulk update.
@@ -345,6 +345,7 @@ end $$;
 
 -- A batch of writes as one statement, so that no lock is held across a round trip. The triggers log what changes; who
 -- and why is added to their rows. calls: an array of objects with n from 0, op, and the fields of that op.
+-- Beside the bot's tables our variables are named with their block: these may have columns of any name.
 -- Nothing is waited for longer than lock_timeout: what somebody else holds is 'busy'. An error fails the batch, and
 -- the caller splits it. Every step is a statement of its own, with a snapshot begun after the locks of the one before.
 -- A call with a grant gives and takes only the roles in it, an array, and the default role; compared under the row's lock.
@@ -363,6 +364,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set lock
 -- A batch is small and the tables are not, whatever their statistics say: by key, never by reading a table through.
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
 #variable_conflict use_column
+<<ours>>
 declare
   total constant int := jsonb_array_length(calls);
   default_role text;
@@ -449,13 +451,13 @@ begin
   from jsonb_to_recordset(calls) x (n int, op text, "user" bigint, role text, name text, expected text, "grant" jsonb)
   where x.op = 'set' and outcomes[x.n + 1] is null;
   if ids is not null then
-    select coalesce(array_agg(s.user_id), '{}') into known from public.users s where s.user_id = any(ids);
+    select coalesce(array_agg(s.user_id), '{}') into known from public.users s where s.user_id = any(ours.ids);
     select coalesce(array_agg(h.user_id), '{}'), array_agg(h.role), array_agg(h.name)
     into held, held_roles, held_names
     from (
       select s.user_id, s.role::text as role, (select username::text from (select s.*) y) as name
       from public.users s cross join (select null::text as username) absent
-      where s.user_id = any(ids) order by s.user_id for no key update of s skip locked
+      where s.user_id = any(ours.ids) order by s.user_id for no key update of s skip locked
     ) h;
     for i in 1 .. array_length(ids, 1) loop
       j := array_position(held, ids[i]);
@@ -582,7 +584,7 @@ begin
       if exists (
         select from public.users s
         where (s.user_id = k."to" or (s.user_id = k."from" and (k.demote or k.mailbox is null)))
-          and not s.user_id = any(held)
+          and not s.user_id = any(ours.held)
       ) then
         outcomes[i] := 'busy';
         continue;
@@ -608,9 +610,9 @@ begin
       if k."to" = any(held) then
         r := coalesce(nullif(held_roles[array_position(held, k."to")], ''), default_role);
         if named and k.name is not null then
-          update public.users s set role = admin_role, username = k.name where s.user_id = k."to";
+          update public.users s set role = ours.admin_role, username = k.name where s.user_id = k."to";
         elsif r <> admin_role then
-          update public.users s set role = admin_role where s.user_id = k."to";
+          update public.users s set role = ours.admin_role where s.user_id = k."to";
         end if;
         if r = admin_role then
           perform rolecache.log_change(k."to", r, r, coalesce(k.name, (
@@ -625,7 +627,7 @@ begin
       if k.demote and k."from" = any(held) then
         r := coalesce(nullif(held_roles[array_position(held, k."from")], ''), default_role);
         if r <> default_role then
-          update public.users s set role = default_role where s.user_id = k."from";
+          update public.users s set role = ours.default_role where s.user_id = k."from";
           must_log := must_log || k."from"; must_be := must_be || default_role;
         end if;
       end if;

@@ -140,6 +140,16 @@ impl Call {
     }
 }
 
+// === impl Written ===
+
+impl Written {
+    /// What a call is told: of its own users. The table's own triggers and keys may have changed others.
+    pub(super) fn of(mut self, call: &Call) -> Self {
+        self.changes.retain(|change| call.users().any(|user| user == change.user));
+        self
+    }
+}
+
 // === impl Grant ===
 
 impl Grant {

@@ -50,6 +50,9 @@ pub trait Fixture: Sized + Send + Sync + 'static {
     /// Takes one change out of the log.
     fn damage_log(&self, revision: i64);
 
+    /// Takes a commit out of the log.
+    fn forget(&self, revision: i64);
+
     /// Something that differs when anything in the database does.
     fn fingerprint(&self) -> String;
 
@@ -194,6 +197,12 @@ impl Fixture for SqliteFile {
     fn damage_log(&self, revision: i64) {
         self.sql(&format!(
             "delete from rolecache_changes where seq = (select max(seq) from rolecache_changes where commit_id = {revision})"
+        ));
+    }
+
+    fn forget(&self, revision: i64) {
+        self.sql(&format!(
+            "delete from rolecache_changes where commit_id = {revision}; delete from rolecache_commits where id = {revision}"
         ));
     }
 

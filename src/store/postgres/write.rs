@@ -116,10 +116,11 @@ impl Postgres {
         if rows.is_empty() {
             return Err(Trouble::Broken(Failure::Another.cause()));
         }
+        // It is committed: what cannot be read of it is no reason to send it again.
         if rows.len() != calls.len() {
-            return Err(Trouble::Broken(Failure::shape("a call has no outcome").cause()));
+            return Err(Trouble::Unknown(Failure::shape("a call has no outcome").cause()));
         }
-        rows.iter().map(|row| outcome(row).map_err(|failure| Trouble::Broken(failure.cause()))).collect()
+        rows.iter().map(|row| outcome(row).map_err(|failure| Trouble::Unknown(failure.cause()))).collect()
     }
 
     /// A bug for tests, where the caller may be dropped: sqlx then leaves the transaction open in its pool.
@@ -253,9 +254,7 @@ fn result(call: &Call, result: Option<&Record>) -> Answer {
         let cause = Failure::shape("the commit is not in the log any more");
         return Err(WriteError::OutcomeUnknown(cause.cause()));
     };
-    let ours = |change: &&Change| call.users().any(|user| user == change.user);
-    let changes = result.changes.iter().filter(ours).cloned().collect();
-    Ok(Written { revision: result.revision, at: result.at, changes })
+    Ok(Written { revision: result.revision, at: result.at, changes: result.changes.clone() }.of(call))
 }
 
 fn are_apart(calls: &[Call]) -> bool {

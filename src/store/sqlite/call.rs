@@ -74,10 +74,8 @@ impl<'a> Batch<'a> {
             }
         }
         for mailbox in calls.iter().filter_map(Call::mailbox) {
-            let creator: Option<i64> = sqlx::query_scalar("select creator_id from mailboxes where id = ?1")
-                .bind(mailbox.0)
-                .fetch_optional(&mut *batch.connection)
-                .await?;
+            let creator: Option<i64> =
+                sqlx::query_scalar(users::CREATOR).bind(mailbox.0).fetch_optional(&mut *batch.connection).await?;
             if let Some(creator) = creator {
                 batch.known.mailboxes.insert(mailbox, UserId(creator));
             }
@@ -93,7 +91,7 @@ impl<'a> Batch<'a> {
             if before.hash != request.hash {
                 return Ok(Err(WriteError::Refused(Refusal::RequestIdReused)));
             }
-            return Ok(Ok(self.repeat(&before).await?));
+            return Ok(self.repeat(&before).await?.map(|written| written.of(call)));
         }
         let steps = match self.known.plan(call, self.facts) {
             Ok(steps) => steps,
@@ -126,7 +124,7 @@ impl<'a> Batch<'a> {
                     self.keep(call, request, &written, first_row).await?;
                 }
                 sqlx::query("release one_call").execute(&mut *self.connection).await?;
-                Ok(Ok(written))
+                Ok(Ok(written.of(call)))
             }
             Err(refusal) => {
                 let undone = sqlx::query("rollback to one_call; release one_call").execute(&mut *self.connection).await;
@@ -226,7 +224,11 @@ impl<'a> Batch<'a> {
                  values ((select max(id) from rolecache_commits), ?1, ?2, ?2, ?3) returning 1"
             }
             Step::Delete { .. } => "delete from users where user_id = ?1 returning 1",
-            Step::InsertMailbox { .. } => "insert into mailboxes (id, creator_id) values (?1, ?2) returning 1",
+            Step::InsertMailbox { .. } => {
+                "insert into mailboxes (id, creator_id) values (?1, ?2)
+                 on conflict (id) do update set creator_id = excluded.creator_id
+                   where typeof(mailboxes.creator_id) <> 'integer' returning 1"
+            }
             Step::SetCreator { .. } => "update mailboxes set creator_id = ?2 where id = ?1 returning 1",
         }
     }

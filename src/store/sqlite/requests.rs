@@ -1,16 +1,17 @@
 //! Calls with a request id: the second one gets the answer of the first.
 
-use std::time::SystemTime;
+use std::{io, sync::Arc, time::SystemTime};
 
 use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
 
 use super::{
     call::Batch,
     rows::{self, CHANGE_COLUMNS},
+    trim::millis_before,
 };
 use crate::{
     role::{Change, Revision},
-    store::{Call, RequestId, StoreError, Written},
+    store::{Call, KEEP_REQUESTS, RequestId, StoreError, WriteError, Written},
 };
 
 /// An answer that was given before.
@@ -24,17 +25,20 @@ pub(super) struct Before {
 }
 
 impl Batch<'_> {
+    /// The answer that this request id got, unless that is too long ago; then it is forgotten.
     pub(super) async fn answered_before(
         &mut self,
         call: &Call,
         request: &RequestId,
     ) -> Result<Option<Before>, StoreError> {
         let found = sqlx::query(
-            "select hash, revision, answered_at, first_seq, first_index, size from rolecache_requests
+            "delete from rolecache_requests where actor = ?1 and request_id = ?2 and answered_at < ?3;
+             select hash, revision, answered_at, first_seq, first_index, size from rolecache_requests
              where actor = ?1 and request_id = ?2",
         )
         .bind(&*call.actor)
         .bind(&*request.id)
+        .bind(millis_before(SystemTime::now(), KEEP_REQUESTS))
         .fetch_optional(&mut *self.connection)
         .await?;
         let before = |row: SqliteRow| {
@@ -50,7 +54,7 @@ impl Batch<'_> {
         found.map(before).transpose()
     }
 
-    pub(super) async fn repeat(&mut self, before: &Before) -> Result<Written, StoreError> {
+    pub(super) async fn repeat(&mut self, before: &Before) -> Result<Result<Written, WriteError>, StoreError> {
         let sql = format!(
             "select {CHANGE_COLUMNS} from rolecache_changes
              where seq >= ?1 and commit_id = ?2 order by seq limit ?3"
@@ -61,10 +65,15 @@ impl Batch<'_> {
             .bind(before.size)
             .fetch_all(&mut *self.connection)
             .await?;
+        if found.len() as i64 != before.size {
+            return Ok(Err(WriteError::OutcomeUnknown(Arc::new(io::Error::other(
+                "its commit is not in the log any more",
+            )))));
+        }
         let change = |(index, row): (u64, &SqliteRow)| Ok(Change { index, ..rows::change(row, 0)?.change });
         let changes =
             (before.first_index.unsigned_abs()..).zip(&found).map(change).collect::<Result<_, StoreError>>()?;
-        Ok(Written { revision: before.revision, at: before.at, changes })
+        Ok(Ok(Written { revision: before.revision, at: before.at, changes }))
     }
 
     pub(super) async fn keep(

@@ -37,7 +37,7 @@ pub(super) fn wanted(users: &Users) -> Vec<Trigger> {
             "rolecache_before_insert",
             "before insert on users",
             &[
-                "delete from rolecache_replaced where for_user = new.user_id".to_owned(),
+                "delete from rolecache_replaced where for_user is new.user_id".to_owned(),
                 "delete from rolecache_replaced where for_user = -1".to_owned(),
                 format!(
                     "insert into rolecache_replaced (for_user, user_id, role, username)\n  \
@@ -54,21 +54,21 @@ pub(super) fn wanted(users: &Users) -> Vec<Trigger> {
                 // A row that gets its key by itself is about user -1 before it is inserted.
                 format!(
                     "{change}, r.user_id, {r_role}, null, max(r.username)\n  from rolecache_replaced r\n  \
-                     where (r.for_user = new.user_id or r.for_user = -1) and r.user_id is not new.user_id and {}\n  group by r.user_id",
+                     where (r.for_user is new.user_id or r.for_user = -1) and r.user_id is not new.user_id and {}\n  group by r.user_id",
                     gone("r.user_id")
                 ),
                 {
                     let old = format!(
                         "(select {r_role} from rolecache_replaced r\n    \
-                         where (r.for_user = new.user_id or r.for_user = -1) and r.user_id = new.user_id limit 1)"
+                         where (r.for_user is new.user_id or r.for_user = -1) and r.user_id = new.user_id limit 1)"
                     );
                     format!(
                         "{change}, u.user_id,\n    {old},\n    {u_role}, {u_name}\n  from users u\n  \
                          where u.user_id = new.user_id and typeof(u.user_id) = 'integer'\n    and {old} is not {u_role}"
                     )
                 },
-                forget_gone("(r.for_user = new.user_id or r.for_user = -1)"),
-                "delete from rolecache_replaced where for_user = new.user_id".to_owned(),
+                forget_gone("(r.for_user is new.user_id or r.for_user = -1)"),
+                "delete from rolecache_replaced where for_user is new.user_id".to_owned(),
                 "delete from rolecache_replaced where for_user = -1".to_owned(),
                 size_commit(),
                 drop_empty_commit(),

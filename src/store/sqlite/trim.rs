@@ -92,7 +92,7 @@ pub(super) async fn trim(live: &Live, retain: Duration) -> Result<Trimmed, Store
     Ok(Trimmed { commits, requests })
 }
 
-fn millis_before(now: SystemTime, age: Duration) -> i64 {
+pub(super) fn millis_before(now: SystemTime, age: Duration) -> i64 {
     let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     since.saturating_sub(age).as_millis() as i64
 }

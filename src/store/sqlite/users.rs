@@ -32,13 +32,12 @@ pub(super) fn json(users: &[UserId]) -> String {
     serde_json::Value::from(ids).to_string()
 }
 
+/// Of the mailbox ?1. Whatever else the bot's table has there is nobody.
+pub(super) const CREATOR: &str = "select creator_id from mailboxes where id = ?1 and typeof(creator_id) = 'integer'";
+
 pub(super) async fn mailbox(pool: &Pool, mailbox: MailboxId) -> Result<Option<UserId>, StoreError> {
     let mut lease = pool.lease().await?;
-    let creator: Result<Option<i64>, _> =
-        sqlx::query_scalar("select creator_id from mailboxes where id = ?1 and typeof(creator_id) = 'integer'")
-            .bind(mailbox.0)
-            .fetch_optional(&mut *lease)
-            .await;
+    let creator: Result<Option<i64>, _> = sqlx::query_scalar(CREATOR).bind(mailbox.0).fetch_optional(&mut *lease).await;
     Ok(lease.end(creator)?.map(UserId))
 }
 

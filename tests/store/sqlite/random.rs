@@ -25,7 +25,7 @@ impl Numbers {
         let other = self.below(6);
         let role = self.pick(&["null", "''", "'user'", "'admin'", "'x'", "'boss'"]);
         let name = self.pick(&["null", "'eve'", "'EVE'", "'bob'", "'ann'", "'dan'"]);
-        match self.below(9) {
+        match self.below(10) {
             0 | 1 => format!("insert {clause} into users (user_id, role, username) values ({user}, {role}, {name})"),
             2 => format!(
                 "insert {clause} into users (user_id, role, username)
@@ -36,6 +36,7 @@ impl Numbers {
             5 => format!("update {clause} users set user_id = {other}, role = {role} where user_id = {user}"),
             6 => format!("update {clause} users set user_id = user_id + 1, username = {name} where user_id >= {user}"),
             7 => format!("delete from users where user_id = {user}"),
+            8 => format!("insert {clause} into users (role, username) values ({role}, {name})"),
             _ => format!(
                 "insert into users (user_id, role, username) values ({user}, {role}, {name})
                  on conflict do update set role = excluded.role, username = {name}"
@@ -59,6 +60,7 @@ async fn the_log_always_leads_to_the_table() {
         ("create table users (user_id bigint primary key, role text, username text unique) without rowid", ""),
         ("create table users (username text unique, role text, user_id int unique not null)", bots_own),
         ("create table users (user_id bigint primary key, role text, username text)", ""),
+        ("create table users (username text primary key, role text, user_id bigint unique)", ""),
     ]
     .into_iter()
     .enumerate()

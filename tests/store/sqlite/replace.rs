@@ -101,6 +101,24 @@ async fn a_user_replaced_through_another_unique_column_is_gone() {
 }
 
 #[tokio::test]
+async fn a_row_without_a_user_replaces_too() {
+    check(
+        "create table users (username text primary key, role text, user_id bigint unique)",
+        &[
+            ("insert into users values ('eve', 'admin', 1), ('bob', 'x', 2)", "1: - > admin, 2: - > x"),
+            ("insert or replace into users (username, role) values ('eve', 'user')", "1: admin > -"),
+            ("update users set role = 'y' where username = 'eve'", ""),
+            ("insert or ignore into users (username, role) values ('bob', 'z')", ""),
+            ("replace into users values ('eve', 'helper', 2)", "2: x > helper"),
+            ("insert into users (username, role) values ('ann', 'z')", ""),
+            ("update or replace users set username = 'eve' where username = 'ann'", "2: helper > -"),
+            ("update users set user_id = 3 where username = 'eve'", "3: - > z"),
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
 async fn a_row_that_gets_its_key_by_itself_replaces_too() {
     check(
         UNIQUE_NAME,
@@ -178,14 +196,17 @@ async fn our_own_writes_meet_a_table_that_replaces() {
     database
         .sql("create table users (user_id integer primary key, role text, username text unique on conflict replace)");
     let store = database.open().await;
+    let start = store.head().await.unwrap();
     write(&store, set_named(1, "admin", "eve")).await.unwrap();
     let written = write(&store, set_named(2, "admin", "eve")).await.unwrap();
-    assert_eq!(said(&written.changes), "1: admin > -, 2: - > admin");
-    assert_eq!(written.changes.iter().map(|change| change.index).collect::<Vec<_>>(), [0, 1]);
-    assert!(written.changes.iter().all(|change| &*change.actor == "bot"));
+    assert_eq!(said(&written.changes), "2: - > admin");
+    assert_eq!(written.changes[0].index, 1, "behind the other, which is the caller's doing too");
+    let commit = &read_from(&store, start, 10).await[1];
+    assert_eq!(said(&commit.changes), "1: admin > -, 2: - > admin");
+    assert!(commit.changes.iter().all(|change| &*change.actor == "bot"));
     // In one batch the second call must know that the first one's side effect took user 2 away.
     let answers = store.write(&[set_named(3, "x", "eve"), set_expecting(2, "helper", "")]).await;
-    assert_eq!(said(&answers[0].as_ref().unwrap().changes), "2: admin > -, 3: - > x");
+    assert_eq!(said(&answers[0].as_ref().unwrap().changes), "3: - > x");
     assert_eq!(said(&answers[1].as_ref().unwrap().changes), "2: - > helper");
     assert_eq!(answers[1].as_ref().unwrap().changes[0].index, 2);
     assert_log_leads_to_table(&database, &store).await;

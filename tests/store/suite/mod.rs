@@ -38,7 +38,8 @@ macro_rules! for_store {
                 order: concurrent_writers_are_read_in_order_and_nothing_is_missed, a_snapshot_is_of_one_revision;
                 plain_sql: every_kind_of_statement_is_logged, unlogged_statements_make_no_commit,
                     a_role_of_null_or_nothing_is_the_default, a_rolled_back_statement_leaves_nothing,
-                    a_changed_key_is_a_deletion_and_an_insertion, the_bots_own_triggers_have_the_last_word;
+                    a_changed_key_is_a_deletion_and_an_insertion, the_bots_own_triggers_have_the_last_word,
+                    columns_of_any_name_are_not_taken_for_ours;
                 reads: roles_are_answered_in_order_with_the_head, extremes_are_kept, users_are_listed_in_pages,
                     roles_outside_the_list_are_passed_on, a_snapshot_has_everybody_but_the_default;
                 trimming: only_old_commits_past_the_newest_10000_go, a_younger_commit_holds_what_follows,
@@ -48,7 +49,8 @@ macro_rules! for_store {
                     a_request_id_gets_its_first_answer, a_reused_request_id_is_refused, only_successes_are_remembered,
                     transfers_hand_over, transfers_are_refused, a_transfer_to_an_admin_is_logged, deletes_delete,
                     mailboxes_are_registered_once, a_half_done_call_is_undone, a_swallowed_write_is_rejected,
-                    a_call_that_breaks_the_whole_transaction_fails_alone;
+                    a_call_that_breaks_the_whole_transaction_fails_alone, a_mailbox_of_nobody_is_nobodys,
+                    a_repeat_whose_commit_is_gone_is_in_doubt;
             }
         }
     };

@@ -132,3 +132,34 @@ pub async fn the_bots_own_triggers_have_the_last_word<F: Fixture>() {
     }
     store.close().await;
 }
+
+pub async fn columns_of_any_name_are_not_taken_for_ours<F: Fixture>() {
+    let database = F::fresh().await;
+    database.sql(
+        "create table users (id integer primary key, user_id bigint not null unique, role text, username text,
+           ids int, held int, admin_role text default 'a', default_role text default 'd', cid int, last text, k int, u int)",
+    );
+    let store = database.open().await;
+    // Whose id is somebody else's user_id, and whose is their own.
+    database.sql(
+        "insert into users (id, user_id, role) values (1, 1, 'first'), (2, 777, 'second'), (777, 3, 'third'), (4, 4, 'user')",
+    );
+    let start = store.head().await.unwrap();
+    database.sql(
+        "begin; update users set role = 'a' where user_id = 777; update users set role = 'b' where user_id = 777;
+         delete from users where user_id = 3; insert into users (id, user_id, role) values (5, 3, 'c');
+         update users set role = 'd' where user_id = 3; commit",
+    );
+    let mut last = std::collections::HashMap::new();
+    for commit in read_from(&store, start, 100).await {
+        last.extend(commit.changes.into_iter().map(|change| (change.user, change.new)));
+    }
+    assert_eq!(last, [(UserId(777), Some(role("b"))), (UserId(3), Some(role("d")))].into());
+    for call in [set(1, "admin"), transfer(1, 4, None, true), set(777, "x")] {
+        write(&store, call).await.unwrap();
+    }
+    for (user, due) in [(1, "user"), (3, "d"), (4, "admin"), (777, "x")] {
+        assert_eq!(role_of(&store, user).await, due, "{user}");
+    }
+    store.close().await;
+}

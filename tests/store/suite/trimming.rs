@@ -116,5 +116,9 @@ pub async fn request_ids_are_forgotten_after_a_day<F: Fixture>() {
     assert_eq!(trim_all(&store).await, Trimmed { commits: 0, requests: 1 });
     let again = write(&store, with_request(set(3, "admin"), "r", 2)).await.unwrap();
     assert_eq!(said(&again.changes), "3: - > admin");
+    // Whether the trimmer has come or not.
+    database.backdate_requests(2);
+    let again = write(&store, with_request(set(4, "admin"), "r", 3)).await.unwrap();
+    assert_eq!(said(&again.changes), "4: - > admin");
     store.close().await;
 }

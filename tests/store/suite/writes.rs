@@ -251,6 +251,34 @@ pub async fn mailboxes_are_registered_once<F: Fixture>() {
     store.close().await;
 }
 
+pub async fn a_mailbox_of_nobody_is_nobodys<F: Fixture>() {
+    let database = F::fresh().await;
+    database.sql("create table mailboxes (id bigint primary key, creator_id bigint)");
+    let store = database.open().await;
+    database.sql("insert into mailboxes (id, creator_id) values (1, null), (2, 0)");
+    write(&store, set(5, "admin")).await.unwrap();
+    assert_eq!(store.mailbox(MailboxId(1)).await.unwrap(), None);
+    assert_eq!(refusal(write(&store, transfer(5, 6, Some(1), true)).await), Refusal::MailboxNotFound);
+    assert_eq!(refusal(write(&store, register(2, 5)).await), Refusal::MailboxExists { creator: UserId(0) });
+    write(&store, register(1, 5)).await.unwrap();
+    assert_eq!(store.mailbox(MailboxId(1)).await.unwrap(), Some(UserId(5)));
+    write(&store, transfer(5, 6, Some(1), true)).await.unwrap();
+    assert_eq!(store.mailbox(MailboxId(1)).await.unwrap(), Some(UserId(6)));
+    store.close().await;
+}
+
+pub async fn a_repeat_whose_commit_is_gone_is_in_doubt<F: Fixture>() {
+    let database = F::fresh().await;
+    let store = database.open().await;
+    let call = with_request(set(1, "admin"), "r", 1);
+    let written = write(&store, call.clone()).await.unwrap();
+    write(&store, set(2, "x")).await.unwrap();
+    database.forget(written.revision.0);
+    let again = write(&store, call).await;
+    assert!(matches!(again, Err(WriteError::OutcomeUnknown(_))), "nothing changed? {again:?}");
+    store.close().await;
+}
+
 pub async fn a_swallowed_write_is_rejected<F: Fixture>() {
     let database = F::fresh().await;
     let store = database.open().await;
