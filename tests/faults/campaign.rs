@@ -58,7 +58,7 @@ pub struct Report {
     took: Duration,
 }
 
-/// Of rounds, at most so many may prove nothing.
+/// Of rounds, one in so many may prove nothing, and has to be run again.
 const WEAK_SHARE: u64 = 10;
 
 /// Rounds that prove nothing of which it is printed why.
@@ -101,6 +101,13 @@ fn text(left: &(dyn Any + Send)) -> String {
 // === impl Outcome ===
 
 impl Outcome {
+    /// The number of the next round, from 0, while one is due: as many have to count as are wanted. Each is counted as fired
+    /// or as weak.
+    pub fn next_of(&self, wanted: u64) -> Option<u64> {
+        let weak = self.weak.len() as u64;
+        (self.fired < wanted && weak * WEAK_SHARE <= wanted).then_some(self.fired + weak)
+    }
+
     pub fn violated(&mut self, found: impl IntoIterator<Item = String>) {
         self.violations.extend(found);
     }
@@ -132,7 +139,7 @@ impl Report {
         self.outcome.violations.is_empty()
             && self.outcome.hollow.is_empty()
             && weak * WEAK_SHARE <= self.wanted
-            && self.outcome.fired + weak >= self.wanted
+            && self.outcome.fired >= self.wanted
     }
 
     pub fn print(&self) {
@@ -158,10 +165,11 @@ impl Report {
         let verdict = if self.holds() { "holds" } else { "FAILS" };
         let fired = outcome.fired;
         let bound = if fired > 0 { 3.0 / fired as f64 } else { 1.0 };
-        println!(
-            "{verdict} {name}: {fired} of {wanted} {unit} fired, {} violations in {took:.1?}; 0 of {fired} means under {:.2} %",
-            outcome.violations.len(),
-            bound * 100.0
-        );
+        let violations = outcome.violations.len();
+        let means = match violations {
+            0 => format!("; 0 of {fired} means under {:.2} %", bound * 100.0),
+            _ => String::new(),
+        };
+        println!("{verdict} {name}: {fired} of {wanted} {unit} fired, {violations} violations in {took:.1?}{means}");
     }
 }

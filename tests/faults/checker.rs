@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    history::{Answer, History, MISMATCH, Process, Read, Seen, Told, Write},
+    history::{Answer, End, History, MISMATCH, Process, Read, Seen, Told, Write},
     log::Log,
     traffic::NO_REASON,
 };
@@ -57,7 +57,18 @@ pub fn all(history: &History, log: &Log, excuses: &Excuses) -> Vec<String> {
     found.extend(reads_are_true(&reads, &writes, log));
     found.extend(revisions_never_go_back(&reads, &writes));
     found.extend(seen.iter().flat_map(|seen| watches_are_the_log(seen, log)));
+    found.extend(watches_stay_open(&history.ends.lock().unwrap(), excuses));
     found
+}
+
+/// Watches stay open whatever becomes of their store; only a server that goes takes its own with it. One that cannot open
+/// says why.
+pub fn watches_stay_open(ends: &[End], excuses: &Excuses) -> Vec<String> {
+    let is_excused = |end: &&End| match end.was_open {
+        true => excuses.is_of_an_outage(&end.why, end.process, [end.last, end.ended]),
+        false => excuses.cover(&end.why, end.process, [end.last, end.ended]),
+    };
+    ends.iter().filter(|end| !is_excused(end)).map(|end| format!("a watch ended: {end:?}")).collect()
 }
 
 /// Whatever fails says why, and what it says fits to what is broken. A call that ends without a reason had no server;
@@ -211,6 +222,9 @@ pub fn answers_follow(reads: &[Read], [before, after]: [&Log; 2], stops: Duratio
         if !is_of(before, read.user, answer) {
             found.push(format!("true in neither history: {read:?}"));
         }
+        if answer.revision < read.min_revision {
+            found.push(format!("older than asked for: {read:?}"));
+        }
         if !answer.stale && read.begun >= stops + STALENESS {
             found.push(format!("of the lost history, and told as the truth: {read:?}"));
         }
@@ -260,14 +274,17 @@ pub fn watches_are_the_log(seen: &Seen, log: &Log) -> Vec<String> {
     let seen_to = seen.commits.last().map_or(seen.from, |(_, commit)| commit.revision);
     let due: Vec<_> = due.into_iter().filter(|(revision, _)| *revision <= seen_to).collect();
     let mut told = seen.commits.iter();
+    let mut is_in_step = true;
     for (revision, entries) in &due {
         let Some((_, commit)) = told.next() else {
             found.push(format!("a watch from {} missed {revision}", seen.from));
+            is_in_step = false;
             break;
         };
         if commit.revision != *revision {
             let what = if commit.revision > *revision { "missed" } else { "was told twice, or out of order, before" };
             found.push(format!("a watch from {} {what} {revision}: it was told {}", seen.from, commit.revision));
+            is_in_step = false;
             break;
         }
         let same = commit.changes.len() == entries.len()
@@ -278,7 +295,7 @@ pub fn watches_are_the_log(seen: &Seen, log: &Log) -> Vec<String> {
             found.push(format!("a watch was told {:?} of {entries:?}", commit.changes));
         }
     }
-    if let Some((_, commit)) = told.next() {
+    if is_in_step && let Some((_, commit)) = told.next() {
         found.push(format!("a watch from {} was told of {}, which is not in the log", seen.from, commit.revision));
     }
     for (revision, before) in &seen.heartbeats {
@@ -339,10 +356,14 @@ pub fn changes_come_in_time(
 // === impl Excuses ===
 
 impl Excuses {
-    fn cover(&self, what: &str, process: Process, [begun, ended]: [Duration; 2]) -> bool {
+    fn cover(&self, what: &str, process: Process, during: [Duration; 2]) -> bool {
+        self.reasons.contains(&what) || self.is_of_an_outage(what, process, during)
+    }
+
+    fn is_of_an_outage(&self, what: &str, process: Process, [begun, ended]: [Duration; 2]) -> bool {
         let mut outages = self.outages.get(&process.replica).into_iter().flatten();
-        let is_of_an_outage = what.contains(NO_REASON) || what == "STORE_UNREACHABLE";
-        self.reasons.contains(&what) || (is_of_an_outage && outages.any(|(from, to)| *from <= ended && begun <= *to))
+        (what.contains(NO_REASON) || what == "STORE_UNREACHABLE")
+            && outages.any(|(from, to)| *from <= ended && begun <= *to)
     }
 }
 

@@ -91,8 +91,19 @@ pub struct Seen {
     pub heartbeats: Vec<(i64, usize)>,
     /// How often it had to open a stream.
     pub opened: usize,
-    /// Reasons with which streams ended.
+    /// Reasons with which streams ended, of a watcher that is led by the hand.
     pub ends: Vec<String>,
+}
+
+/// A stream of a watcher that was refused, or that ended.
+#[derive(Clone, Debug)]
+pub struct End {
+    pub process: Process,
+    /// When it was asked for, or when its last message came.
+    pub last: Duration,
+    pub ended: Duration,
+    pub was_open: bool,
+    pub why: String,
 }
 
 /// Everything that clients were told.
@@ -106,6 +117,7 @@ pub struct History {
     pub writes: Mutex<Vec<Write>>,
     pub reads: Mutex<Vec<Read>>,
     pub seen: Mutex<Vec<Seen>>,
+    pub ends: Mutex<Vec<End>>,
 }
 
 // === impl History ===
@@ -121,6 +133,7 @@ impl History {
             writes: Mutex::default(),
             reads: Mutex::default(),
             seen: Mutex::default(),
+            ends: Mutex::default(),
         }
     }
 

@@ -25,7 +25,7 @@ use super::{
     campaign::Outcome,
     checker::{self, Excuses},
     cluster::Cluster,
-    history::{Answer, History, MISMATCH, Process, Read, Seen, Told, Write},
+    history::{Answer, End, History, MISMATCH, Process, Read, Seen, Told, Write},
     log::Log,
 };
 
@@ -340,7 +340,12 @@ async fn watch(mut caller: Caller, stop: CancellationToken) {
     let note = |change: &dyn Fn(&mut Seen)| change(&mut history.seen.lock().unwrap()[number]);
     let mut token = String::new();
     while !stop.is_cancelled() {
-        let (_, mut client) = caller.pick();
+        let (replica, mut client) = caller.pick();
+        let (process, mut last) = (caller.process(replica), history.now());
+        let end = |was_open, last, why| {
+            let ended = history.now();
+            history.ends.lock().unwrap().push(End { process, last, ended, was_open, why });
+        };
         let request = WatchRoleChangesRequest {
             after: token.clone(),
             heartbeat_interval: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
@@ -351,11 +356,15 @@ async fn watch(mut caller: Caller, stop: CancellationToken) {
             () = stop.cancelled() => return,
             opened = timeout(Duration::from_secs(3), client.watch_role_changes(request)) => opened,
         };
-        let Ok(Ok(stream)) = opened else {
-            sleep(Duration::from_millis(20)).await;
-            continue;
+        let mut stream = match opened {
+            Ok(Ok(stream)) => stream.into_inner(),
+            refused => {
+                let silent = || Status::cancelled("no answer in time");
+                end(false, last, reason(&refused.map_or_else(|_| silent(), |refused| refused.unwrap_err())));
+                sleep(Duration::from_millis(20)).await;
+                continue;
+            }
         };
-        let mut stream = stream.into_inner();
         let mut whole: Option<rolecache::proto::v1::Commit> = None;
         loop {
             let message = tokio::select! {
@@ -365,14 +374,12 @@ async fn watch(mut caller: Caller, stop: CancellationToken) {
             };
             let event = match message {
                 Ok(Ok(Some(message))) => message.event,
-                Ok(Ok(None)) => break,
-                Ok(Err(status)) => {
-                    note(&|seen| seen.ends.push(reason(&status)));
-                    break;
-                }
-                Err(_) => break,
+                Ok(Ok(None)) => break end(true, last, reason(&Status::cancelled("an end without a status"))),
+                Ok(Err(status)) => break end(true, last, reason(&status)),
+                Err(_) => break end(true, last, reason(&Status::cancelled("no heartbeat in time"))),
             };
             let at = history.now();
+            last = at;
             match event {
                 Some(Event::Started(started)) => {
                     note(&|seen| {

@@ -19,6 +19,7 @@ use super::{
     session::{self, Failure, Lease},
 };
 use crate::{
+    failpoint,
     role::{Change, Revision, RoleName, UserId},
     store::{Call, Cause, Grant, Op, Refusal, WriteError, Written},
 };
@@ -109,7 +110,7 @@ impl Postgres {
         let query = sqlx::query(WRITE).bind(Json(Value::Array(batch))).bind(self.facts.store_id);
         let rows = match Lease::of(&self.pools.writer).await {
             #[cfg(feature = "failpoints")]
-            _ if crate::failpoint::is_on!("bug::write_in_request") => self.in_a_transaction(query).await?,
+            _ if failpoint::is_on!("bug::write_in_request") => self.in_a_transaction(query).await?,
             Ok(mut lease) => lease.fetch(query).await.map_err(Trouble::from)?,
             Err(failure) => return Err(failure.into()),
         };
@@ -199,7 +200,9 @@ fn to_json(n: usize, call: &Call) -> Value {
     if let Grant::Only(roles) = &call.grant {
         value["grant"] = roles.iter().map(RoleName::as_str).collect();
     }
-    if let Some(request) = &call.request {
+    if let Some(request) = &call.request
+        && !failpoint::is_on!("bug::request_id_ignored")
+    {
         let hash = request.hash.iter().fold(String::with_capacity(64), |mut text, byte| {
             let _ = write!(text, "{byte:02x}");
             text

@@ -1,60 +1,95 @@
 //! Histories that break a promise, made by hand: the checker has to say so of each, and nothing of one that is sound.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use futures::FutureExt;
-use rolecache::proto::v1::Source;
+use rolecache::proto::v1::{Commit, RoleChange, Source};
 
 use crate::{
     campaign::{Campaign, Outcome, Rounds},
     checker::{self, Excuses},
-    history::{Answer, History, MISMATCH, Process, Read, Told, Write},
+    history::{Answer, End, History, MISMATCH, Process, Read, Seen, Told, Write},
     log::{Entry, Log},
     traffic::NO_REASON,
 };
 
 /// A history, and what has to be found in it: nothing, where that is empty.
-type Case = (&'static str, fn(&History));
+type Case = (&'static str, fn(&History, &mut Vec<Entry>));
 
-const CASES: [Case; 12] = [
-    ("", |_| {}),
-    ("never true", |history| {
+const CASES: [Case; 25] = [
+    ("", |_, _| {}),
+    ("never true", |history, _| {
         // At 20 the user became an admin, at the earliest; this was told before.
         history.read(read(1, 15, "admin"));
     }),
-    ("ahead of its time", |history| {
+    ("ahead of its time", |history, _| {
         history.read(Read { process: Process { replica: 1, start: 1 }, ..read(2, 15, "admin") });
     }),
-    ("a no-op that was none", |history| {
+    ("a no-op that was none", |history, _| {
         let told = Told::Done { revision: 1, changed: false };
         history.wrote(write("no-op", "admin", [12, 15], told));
     }),
-    ("older than asked for", |history| {
+    ("older than asked for", |history, _| {
         let Read { answer: Ok(answer), .. } = read(1, 15, "moderator") else { unreachable!("it is answered") };
         history.read(Read { min_revision: 2, answer: Ok(Answer { stale: true, ..answer }), ..read(1, 15, "") });
     }),
-    ("a read was told REVISION_UNKNOWN", |history| {
+    ("a read was told REVISION_UNKNOWN", |history, _| {
         history.read(Read { answer: Err("REVISION_UNKNOWN".into()), ..read(0, 15, "") });
     }),
-    ("a read was told Cancelled without a reason", |history| {
+    ("a read was told Cancelled without a reason", |history, _| {
         // No server was away.
         history.read(Read { answer: Err(format!("Cancelled {NO_REASON}: Timeout expired")), ..read(0, 8_010, "") });
     }),
-    ("a write was told ROLE_MISMATCH", |history| {
+    ("a write was told ROLE_MISMATCH", |history, _| {
         history.wrote(write("refused", "user", [40, 50], Told::Refused(MISMATCH.into())));
     }),
-    ("refused, and done all the same", |history| {
+    ("refused, and done all the same", |history, _| {
         let mut writes = history.writes.lock().unwrap();
         writes[1] = Write { expected: Some("user".into()), told: Told::Refused(MISMATCH.into()), ..writes[1].clone() };
     }),
-    ("done though another role was expected", |history| {
+    ("done though another role was expected", |history, _| {
         history.writes.lock().unwrap()[1].expected = Some("user".into());
     }),
-    ("a no-op though another role was expected", |history| {
+    ("a no-op though another role was expected", |history, _| {
         let told = Told::Done { revision: 2, changed: false };
         history.wrote(Write { expected: Some("user".into()), ..write("no-op", "admin", [32, 35], told) });
     }),
-    ("never told what became of it", |history| history.untold.lock().unwrap().push("a write".into())),
+    ("never told what became of it", |history, _| history.untold.lock().unwrap().push("a write".into())),
+    ("lost: ", |history, _| {
+        history.wrote(write("third", "user", [40, 50], Told::Done { revision: 3, changed: true }));
+    }),
+    ("doubled: ", |_, entries| entries.push(entry(3, "admin", "admin", "second"))),
+    ("two answers: ", |history, _| {
+        history.wrote(write("second", "admin", [31, 33], Told::Done { revision: 3, changed: true }));
+    }),
+    ("was said to change nothing, and did", |history, _| {
+        history.writes.lock().unwrap()[1].told = Told::Done { revision: 2, changed: false };
+    }),
+    ("nobody asked for", |_, entries| entries.push(entry(3, "admin", "user", "a stranger"))),
+    ("stale, and answered as truth", |history, _| {
+        history.read(Read { process: Process { replica: 1, start: 1 }, ..read(1, 2_100, "moderator") });
+    }),
+    ("went back behind", |history, _| history.read(read(1, 60, "moderator"))),
+    ("missed 1", |history, _| drop(history.seen.lock().unwrap()[0].commits.remove(0))),
+    ("was told twice, or out of order, before 2", |history, _| {
+        let commits = &mut history.seen.lock().unwrap()[0].commits;
+        commits.insert(1, commits[0].clone());
+    }),
+    ("a watch was told", |history, _| {
+        history.seen.lock().unwrap()[0].commits[1].1.changes[0].new_role = "owner".into();
+    }),
+    ("which is not in the log", |history, _| {
+        history.seen.lock().unwrap()[0].commits.push(seen(&entry(3, "admin", "user", "")));
+    }),
+    ("a heartbeat promised 2", |history, _| history.seen.lock().unwrap()[0].heartbeats.push((2, 1))),
+    ("a watch ended", |history, _| {
+        let [last, ended] = [40, 50].map(Duration::from_millis);
+        let why = "STORE_UNREACHABLE".into();
+        history.ends.lock().unwrap().push(End { process: PROCESS, last, ended, was_open: true, why });
+    }),
 ];
 
 pub fn campaigns() -> Vec<Campaign> {
@@ -73,9 +108,12 @@ fn run(rounds: Rounds) -> Outcome {
     let mut outcome = Outcome::default();
     for (due, add) in CASES.into_iter().cycle().take(rounds.count as usize) {
         let history = History::new();
-        sound(&history);
-        add(&history);
-        let found = checker::all(&history, &log(), &Excuses::default());
+        let mut entries = sound(&history);
+        add(&history, &mut entries);
+        let log = Log::of(entries, BTreeMap::from([(1, "admin".into())]));
+        // A store that is away for a while ends no watch.
+        let excuses = Excuses { reasons: &["STORE_UNREACHABLE"], ..Excuses::default() };
+        let found = checker::all(&history, &log, &excuses);
         let is_it = |found: &String| !due.is_empty() && found.contains(due);
         outcome.violated((!due.is_empty() && !found.iter().any(is_it)).then(|| format!("not found: {due}")));
         let strange = found.iter().filter(|found| !is_it(found));
@@ -83,6 +121,7 @@ fn run(rounds: Rounds) -> Outcome {
         outcome.fired += 1;
     }
     outcome.violated(lost_histories());
+    outcome.violated(ends());
     outcome.violated(checker::most_succeed(100, 49).is_none().then(|| "half of the calls may fail".to_owned()));
     outcome
 }
@@ -109,25 +148,52 @@ fn lost_histories() -> Vec<String> {
     wrong
 }
 
-/// User 1 became a moderator and then an admin, each by a write of its own, and was read in between.
-fn sound(history: &History) {
+/// In the end: a cache beside the table, a watch that has not seen all, and one that was late.
+fn ends() -> Vec<String> {
+    let log = log();
+    let whole = Seen { commits: log.entries.iter().map(seen).collect(), ..Seen::default() };
+    let half = Seen { commits: vec![seen(&log.entries[0])], ..Seen::default() };
+    let known = HashMap::from([(1, Duration::ZERO), (2, Duration::ZERO)]);
+    let in_time = |limit| checker::changes_come_in_time(&whole, &known, Duration::from_millis(limit)).0.len();
+    let counts = [
+        checker::cache_equals_table(0, &[(1, "admin".into()), (2, "user".into())], &log).len(),
+        checker::cache_equals_table(0, &[(1, "moderator".into()), (2, "admin".into())], &log).len(),
+        checker::watches_are_complete(std::slice::from_ref(&whole), &log).len(),
+        checker::watches_are_complete(&[whole.clone(), half], &log).len(),
+        in_time(100),
+        in_time(15),
+    ];
+    let due = [0, 2, 0, 1, 0, 1];
+    (counts != due).then(|| format!("found in the end: {counts:?} instead of {due:?}")).into_iter().collect()
+}
+
+/// User 1 became a moderator and then an admin, each by a write of its own, was read in between, and watched. The log of it.
+fn sound(history: &History) -> Vec<Entry> {
     history.wrote(write("first", "moderator", [0, 10], Told::Done { revision: 1, changed: true }));
     history.read(read(1, 15, "moderator"));
     history.wrote(write("second", "admin", [20, 30], Told::Done { revision: 2, changed: true }));
     history.read(read(1, 25, "admin"));
     history.read(read(2, 35, "admin"));
+    let log = log();
+    let watch = Seen { commits: log.entries.iter().map(seen).collect(), ..Seen::default() };
+    history.seen.lock().unwrap().push(watch);
+    log.entries
 }
 
 fn log() -> Log {
-    let entry = |revision, old: &str, new: &str, reason: &str| Entry {
-        revision,
-        user: 1,
-        old: old.into(),
-        new: new.into(),
-        reason: reason.into(),
-    };
     let entries = vec![entry(1, "", "moderator", "first"), entry(2, "moderator", "admin", "second")];
     Log::of(entries, BTreeMap::from([(1, "admin".into())]))
+}
+
+fn entry(revision: i64, old: &str, new: &str, reason: &str) -> Entry {
+    Entry { revision, user: 1, old: old.into(), new: new.into(), reason: reason.into() }
+}
+
+/// What a watch is told of it, ten milliseconds a revision.
+fn seen(entry: &Entry) -> (Duration, Commit) {
+    let Entry { revision, user, old, new, .. } = entry.clone();
+    let change = RoleChange { revision, user_id: user, old_role: old, new_role: new, ..RoleChange::default() };
+    (Duration::from_millis(10 * revision as u64), Commit { revision, changes: vec![change], ..Commit::default() })
 }
 
 const PROCESS: Process = Process { replica: 0, start: 1 };

@@ -88,7 +88,7 @@ async fn run(mut rounds: Rounds, cluster: &Arc<Cluster>, disk: &Disk, heal: &(dy
         Traffic::start(cluster, Load { excuses: checker::STORE_BROKEN, ..Load::default() }, &mut rounds.random);
     let mut answers = BTreeMap::new();
     let mut back = Vec::new();
-    for round in 0..rounds.count {
+    while let Some(round) = outcome.next_of(rounds.count) {
         let weak = traffic.run_up(500).await;
         let begun = traffic.history.now();
         disk.fill();

@@ -28,7 +28,10 @@ fn run(mut rounds: Rounds) -> Outcome {
     // A bug that is asked for has to be in it.
     let features = if std::env::var_os("FAILPOINTS").is_some() { "shuttle,failpoints" } else { "shuttle" };
     let ran = Command::new(env!("CARGO"))
-        .args(["test", "--locked", "--lib", "--features", features, "--", "cache::tests::schedules", "--nocapture"])
+        .args(["test", "--locked", "--lib", "--features", features])
+        // As this one was built.
+        .args((!cfg!(debug_assertions)).then_some("--release"))
+        .args(["--", "cache::tests::schedules", "--nocapture"])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .env("ROLECACHE_SCHEDULES", rounds.count.div_ceil(WAYS).to_string())
         .env("ROLECACHE_SEED", rounds.random.u32(..).to_string())

@@ -1,6 +1,6 @@
 //! PostgreSQL's data directory is taken back to a copy of before: what was acknowledged since then never happened.
 
-use std::{path::Path, process::Command, sync::Arc, time::Duration};
+use std::{collections::HashSet, path::Path, process::Command, sync::Arc, time::Duration};
 
 use futures::{FutureExt, future::join_all};
 use rolecache::proto::v1::{SetRoleRequest, WatchRoleChangesRequest};
@@ -42,7 +42,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, each: MIXED, ..Plan::default() }).await);
     let copies = tempfile::tempdir().unwrap();
     let mut noticed = Vec::new();
-    for round in 0..rounds.count {
+    while let Some(round) = outcome.next_of(rounds.count) {
         write(&cluster, &mut rounds.random).await;
         let kept: Vec<String> = join_all(watches(&cluster, "")).await.into_iter().map(|it| it.resume_token()).collect();
         let copy = copies.path().join(round.to_string());
@@ -68,10 +68,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
         }
         let load = Load { writers: 0, watchers: 0, users: USERS, excuses: checker::HISTORY_LOST, ..Load::default() };
         let mut reading = Traffic::start(&cluster, load, &mut rounds.random);
-        match reading.run_up(200).await {
-            Err(weak) => outcome.weak.push(format!("history {round}: {weak}")),
-            Ok(()) => outcome.fired += 1,
-        }
+        let weak = reading.run_up(200).await;
         let before = cluster.log().await;
         let stops = reading.history.now();
         away(&postgres, |data| {
@@ -99,6 +96,14 @@ async fn run(mut rounds: Rounds) -> Outcome {
                 }
             }
         }
+        // Numbers that stand for something else now are not told of before the end.
+        let happened: HashSet<_> =
+            before.entries.iter().map(|entry| (entry.revision, entry.user, &*entry.new)).collect();
+        for change in open.iter().flat_map(|watch| watch.changes()) {
+            if !happened.contains(&(change.revision, change.user_id, &*change.new_role)) {
+                outcome.violated([format!("history {round}: a watch of the lost one was told of {change:?}")]);
+            }
+        }
         join_all(cluster.replicas.iter().map(|replica| replica.until_in_step())).await;
         reading.stop_calling().await;
         let after = cluster.log().await;
@@ -107,8 +112,9 @@ async fn run(mut rounds: Rounds) -> Outcome {
         outcome.violated(checker::failures_have_reasons(&[], &reading.history.reads.lock().unwrap(), &excuses));
         // The new history is one like any other.
         let traffic = Traffic::start(&cluster, Load { users: USERS, ..Load::default() }, &mut rounds.random);
-        if let Err(weak) = traffic.run_up(200).await {
-            outcome.weak.push(format!("history {round}, the new one: {weak}"));
+        match weak.and(traffic.run_up(200).await) {
+            Err(weak) => outcome.weak.push(format!("history {round}: {weak}")),
+            Ok(()) => outcome.fired += 1,
         }
         traffic.settle_after(after.head(), &mut outcome).await;
         for replica in &cluster.replicas {

@@ -67,11 +67,11 @@ async fn polled(mut rounds: Rounds) -> Outcome {
     let strangers = Strangers::new(&url, traffic.history.clone());
     let mut deaf = Vec::new();
     let first = rounds.random.usize(..FATES.len());
-    for round in 0..rounds.count {
+    while let Some(round) = outcome.next_of(rounds.count) {
         let fate = FATES[(first + round as usize) % FATES.len()];
         if until_listening(proxy).await > NOTICED {
             outcome.violated([format!("round {round}: it did not listen again within {NOTICED:?}")]);
-            continue;
+            break;
         }
         // Now and then what it says is lost before that: it still hears, so that nothing is missed, and nothing counts.
         if rounds.random.u8(..5) == 0 {
@@ -129,10 +129,10 @@ async fn unpolled(mut rounds: Rounds) -> Outcome {
     let strangers = Strangers::new(&url, history.clone());
     let are_watching = || history.seen.lock().unwrap().iter().all(|seen| seen.opened > 0);
     until(Duration::from_secs(10), are_watching).await;
-    for round in 0..rounds.count {
+    while let Some(round) = outcome.next_of(rounds.count) {
         if until_listening(proxy).await > NOTICED {
             outcome.violated([format!("round {round}: it did not listen again within {NOTICED:?}")]);
-            continue;
+            break;
         }
         let weak = traffic.run_up(50).await;
         let fate = *rounds.random.choice([Fate::Reset, Fate::Cut].iter()).unwrap();

@@ -1,4 +1,5 @@
-//! Pairs of strangers whose rows are written in order 1, 2 and committed in order 2, 1, or both at the same moment.
+//! Pairs of strangers whose rows are written in order 1, 2 and committed in order 2, 1; between them others who commit at the
+//! same moment, and who roll back.
 
 use std::{sync::Arc, time::Duration};
 
@@ -49,7 +50,10 @@ struct Pair {
     sessions: [Session; 2],
     random: fastrand::Rng,
     number: usize,
+    /// Which of the roles each of its users has, so that every write changes one.
+    roles: [usize; 20],
     inverted: u64,
+    at_once: u64,
     rolled_back: u64,
     errors: Vec<String>,
 }
@@ -71,11 +75,14 @@ async fn run(mut rounds: Rounds) -> Outcome {
             sessions: [Session::open(&url), Session::open(&url)],
             random: rounds.random.fork(),
             number,
+            roles: [0; 20],
             inverted: 0,
+            at_once: 0,
             rolled_back: 0,
             errors: Vec::new(),
         })
         .collect();
+    let mut all = 0;
     while outcome.fired < rounds.count {
         let each = BATCH.min(rounds.count - outcome.fired).div_ceil(PAIRS as u64);
         let running: Vec<_> = pairs
@@ -90,21 +97,22 @@ async fn run(mut rounds: Rounds) -> Outcome {
         for pair in running {
             pairs.push(pair.await.expect("a pair does not panic"));
         }
-        outcome.fired += each * PAIRS as u64;
+        outcome.fired = pairs.iter().map(|pair| pair.inverted).sum();
+        all += each * PAIRS as u64;
         // What was seen first: the log has at least that.
         let seen = traffic.history.seen.lock().unwrap().clone();
         let log = cluster.log().await;
         let found: Vec<String> = seen.iter().flat_map(|seen| checker::watches_are_the_log(seen, &log)).collect();
         if !found.is_empty() {
-            outcome.figure("found after", format!("{} pairs", outcome.fired));
+            outcome.figure("found after", format!("{all} pairs"));
             break;
         }
     }
     traffic.settle(&mut outcome).await;
     outcome.violated(pairs.iter_mut().flat_map(|pair| std::mem::take(&mut pair.errors)));
     let sum = |of: fn(&Pair) -> u64| pairs.iter().map(of).sum::<u64>();
-    outcome.figure("committed in order 2, 1", sum(|pair| pair.inverted));
-    outcome.figure("one of them rolled back", sum(|pair| pair.rolled_back));
+    outcome.figure("others who committed at the same moment", sum(|pair| pair.at_once));
+    outcome.figure("others of whom one rolled back", sum(|pair| pair.rolled_back));
     outcome
 }
 
@@ -119,8 +127,10 @@ impl Pair {
         let Self { sessions: [first, second], random, number, .. } = self;
         let mut printed = String::new();
         let base = USERS.start() + 20 * *number as i64;
-        for (session, user) in [(&mut *first, base), (&mut *second, base + 10)] {
-            let (user, role) = (user + random.i64(0..10), random.choice(ROLES).unwrap());
+        let users = [random.usize(..10), 10 + random.usize(..10)];
+        for (session, user) in [&mut *first, &mut *second].into_iter().zip(users) {
+            let role = ROLES[(self.roles[user] + 1) % ROLES.len()];
+            let user = base + user as i64;
             let mut work = format!(
                 "begin; insert into users (user_id, role) values ({user}, '{role}')
                  on conflict (user_id) do update set role = excluded.role;"
@@ -132,17 +142,25 @@ impl Pair {
         }
         std::thread::sleep(Duration::from_micros(random.u64(..3_000)));
         let end = if random.u8(..5) == 0 { "rollback;" } else { "commit;" };
-        if random.bool() {
+        let in_turn = random.bool();
+        if in_turn {
             printed += &second.run("commit;");
             printed += &first.run(end);
-            self.inverted += u64::from(end == "commit;");
         } else {
             second.send("commit;\n");
             std::thread::sleep(Duration::from_micros(random.u64(..1_000)));
             printed += &first.run(end);
             printed += &second.run("");
         }
-        self.rolled_back += u64::from(end == "rollback;");
+        self.roles[users[1]] += 1;
+        match (end, in_turn) {
+            ("rollback;", _) => self.rolled_back += 1,
+            (_, true) => self.inverted += 1,
+            (_, false) => self.at_once += 1,
+        }
+        if end == "commit;" {
+            self.roles[users[0]] += 1;
+        }
         if printed.contains("ERROR") {
             self.errors.push(format!("a stranger was refused: {printed}"));
         }

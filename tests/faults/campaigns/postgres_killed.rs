@@ -16,6 +16,12 @@ use crate::{
 /// From when it accepts connections again.
 const SERVING_AFTER: Duration = Duration::from_secs(5);
 
+/// A seeded bug, which `ROLECACHE_SEED_UNFLUSHED=1` asks for: a commit is answered before it is on disk.
+const UNFLUSH: &str = "do $$ begin
+    execute replace(pg_get_functiondef('rolecache.write'::regproc), $q$'synchronous_commit', 'on'$q$,
+      $q$'synchronous_commit', 'off'$q$);
+    execute format('alter database %I set synchronous_commit = off', current_database()); end $$";
+
 pub fn campaigns() -> Vec<Campaign> {
     vec![Campaign {
         name: "postgres-killed",
@@ -32,10 +38,13 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let (postgres, url) = postgres().await;
     let postgres = Arc::new(postgres);
     let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, each: MIXED, ..Plan::default() }).await);
+    if std::env::var_os("ROLECACHE_SEED_UNFLUSHED").is_some() {
+        cluster.shell.go(UNFLUSH).await;
+    }
     let traffic =
         Traffic::start(&cluster, Load { excuses: checker::STORE_BROKEN, ..Load::default() }, &mut rounds.random);
     let mut back = Vec::new();
-    for round in 0..rounds.count {
+    while let Some(round) = outcome.next_of(rounds.count) {
         if let Err(weak) = traffic.run_up(200).await {
             outcome.weak.push(format!("kill {round}: {weak}"));
         } else {

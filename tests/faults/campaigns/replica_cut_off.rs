@@ -57,7 +57,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let victim = &cluster.replicas[0];
     let proxy = victim.proxy.as_ref().unwrap();
     let (mut back, mut cut_off, mut paused) = (Vec::new(), 0, 0);
-    for round in 0..rounds.count {
+    while let Some(round) = outcome.next_of(rounds.count) {
         let fault = FAULTS[round as usize % FAULTS.len()];
         // Its store's answers in whatever pieces.
         proxy.strike(Which::All, *rounds.random.choice([Fate::Open, Fate::Sliced].iter()).unwrap());

@@ -33,8 +33,10 @@ const REPLICAS: usize = 3;
 /// Between two commits.
 const PACE: Duration = Duration::from_millis(5);
 
-/// From COMMIT to the message of another replica, in the middle. A poll would bring it after 250 ms.
+/// From COMMIT to the message of another replica: in the middle, and of a long run of 99 in 100. A poll would bring it
+/// after 250 ms.
 const SOON: Duration = Duration::from_millis(50);
+const SHORT: u64 = 300;
 
 /// Users of the commits that are measured, beside those of the traffic.
 const FIRST: i64 = 100;
@@ -45,7 +47,7 @@ pub fn campaigns() -> Vec<Campaign> {
         name: "replicas",
         unit: "commits",
         must_hold: "heard of on the others at once, in their caches before that, and there for who asks for the revision",
-        short: 300,
+        short: SHORT,
         nightly: 5_000,
         body: |rounds| run(rounds).boxed(),
     }]
@@ -114,10 +116,11 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let log = cluster.log().await;
     outcome.violated(heard.iter().flat_map(|seen| checker::watches_are_the_log(seen, &log)));
     late.sort();
-    let share = |share: usize| late.get(late.len() * share / 100).copied().unwrap_or(Duration::MAX);
-    let [middle, p99] = [50, 99].map(share);
+    let of = |share: usize| late.get(late.len() * share / 100).copied().unwrap_or(Duration::MAX);
+    let [middle, p99] = [50, 99].map(of);
+    let (judged, share) = if rounds.count > SHORT { (p99, "99 in 100") } else { (middle, "half") };
     outcome.violated(
-        (middle > SOON).then(|| format!("from COMMIT to another replica's watch: {middle:.1?} in the middle")),
+        (judged > SOON).then(|| format!("from COMMIT to another replica's watch: {judged:.1?} for {share} of them")),
     );
     let longest = late.last().copied().unwrap_or_default();
     let times = format!("{middle:.1?} median, {p99:.1?} p99, {longest:.1?} at most of {}", late.len());

@@ -1,6 +1,6 @@
 //! A replica dies while writes are on their way: at any moment, and at those that matter most.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use tokio::time::sleep;
@@ -42,9 +42,11 @@ pub(super) async fn kill(mut rounds: Rounds, cluster: &Arc<Cluster>) -> Outcome 
     let mut outcome = Outcome::default();
     let traffic = Traffic::start(cluster, Load::default(), &mut rounds.random);
     let mut back = Vec::new();
-    for round in 0..rounds.count {
+    let mut met = BTreeMap::new();
+    let first = rounds.random.usize(..MOMENTS.len());
+    while let Some(round) = outcome.next_of(rounds.count) {
         let victim = &cluster.replicas[rounds.random.usize(..cluster.replicas.len())];
-        let moment = rounds.random.choice(MOMENTS).unwrap();
+        let moment = MOMENTS[(first + round as usize) % MOMENTS.len()];
         let weak = traffic.run_up(200).await.err();
         let died = match moment {
             None => {
@@ -67,12 +69,16 @@ pub(super) async fn kill(mut rounds: Rounds, cluster: &Arc<Cluster>) -> Outcome 
         match weak {
             Some(weak) => outcome.weak.push(format!("kill {round}: {weak}")),
             None if !died => outcome.weak.push(format!("kill {round}: it never came to {moment:?}")),
-            None => outcome.fired += 1,
+            None => {
+                outcome.fired += 1;
+                *met.entry(moment.unwrap_or("anywhere")).or_insert(0) += 1;
+            }
         }
         victim.start().await;
         back.push(victim.until_in_step().await);
     }
     traffic.settle(&mut outcome).await;
+    outcome.figure("died at", format!("{met:?}"));
     outcome.times("in step after it was ready", back);
     outcome
 }

@@ -89,7 +89,7 @@ async fn run(mut rounds: Rounds, faults: &[Fault], lasts: Duration, limit: Durat
     let load = Load { writers: WRITERS, excuses: checker::STORE_STUCK, ..Load::default() };
     let mut traffic = Traffic::start(&cluster, load, &mut rounds.random);
     let mut met = Met { limit, ..Met::default() };
-    for round in 0..rounds.count {
+    while let Some(round) = outcome.next_of(rounds.count) {
         let fault = faults[round as usize % faults.len()];
         let weak = traffic.run_up(1000).await;
         let begun = traffic.history.now();

@@ -92,7 +92,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
         slow.spawn(read_slowly(cluster.clone(), n % 2, boundary, rounds.random.fork(), over.clone()));
     }
     let mut told = Vec::new();
-    for round in 0..rounds.count {
+    while let Some(round) = outcome.next_of(rounds.count) {
         // The last of them is far from it: it has to go on.
         let near = [-1, 0, 1, 2 + rounds.random.i64(0..50), FAR].map(|off| boundary + off);
         let (shell, burst) = (cluster.shell.clone(), burst(round));
