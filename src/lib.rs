@@ -7,6 +7,8 @@ mod failpoint; // where tests break the process; nothing without the feature of 
 mod panics; // counted, and put into words
 mod sync; // what tasks share: the standard library's, or shuttle's
 
+mod descriptors; // how many connections there is room for
+
 pub mod role; // the words of the domain, as checked types
 
 pub mod store; // the truth: one trait, PostgreSQL and SQLite

@@ -10,7 +10,10 @@ mod secret;
 use std::{
     collections::HashMap,
     num::NonZeroU32,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -46,8 +49,17 @@ enum Doors {
 pub struct Allowance {
     /// None for no bound.
     pub calls_per_second: Option<NonZeroU32>,
+    /// In flight.
+    pub calls: usize,
     pub watches: usize,
 }
+
+/// Snapshots of one caller at once, of the four that are read from the store: who leaves theirs unread is not in everybody's
+/// way.
+const SNAPSHOTS: usize = 3;
+
+/// Denied calls of one caller that are logged, a second; the others are counted.
+const LOGGED: NonZeroU32 = NonZeroU32::new(10).expect("more than 0");
 
 /// Who makes a call. Lives as long as its credential stands in the file, unchanged.
 pub struct Caller {
@@ -73,18 +85,29 @@ struct Callers {
 
 /// What all credentials of one name have together.
 struct Share {
-    calls: Option<DefaultDirectRateLimiter>,
+    calls_per_second: Option<DefaultDirectRateLimiter>,
+    calls: Arc<Semaphore>,
     watches: Arc<Semaphore>,
+    snapshots: Arc<Semaphore>,
+    denials: Denials,
+}
+
+/// Which denied calls of somebody are logged: no more than somebody reads, whoever knocks however fast.
+pub struct Denials {
+    logged: DefaultDirectRateLimiter,
+    unlogged: AtomicU64,
 }
 
 // === impl Access ===
 
 impl Access {
+    /// Where all are one, there is nobody beside them to leave anything for.
     pub fn open(allowance: Allowance) -> Self {
+        let allowance = Allowance { calls: Semaphore::MAX_PERMITS, ..allowance };
         let caller = Caller {
             name: ANONYMOUS.into(),
             scopes: Scopes::all(),
-            share: Arc::new(Share::new(allowance)),
+            share: Arc::new(Share::new(allowance, Semaphore::MAX_PERMITS)),
             revoked: CancellationToken::new(),
         };
         Self { doors: Doors::Open(Arc::new(caller)), allowance, replaced: watch::Sender::new(()) }
@@ -111,7 +134,10 @@ impl Access {
             let same = |caller: &&Arc<Caller>| *caller.name == *name && caller.scopes == scopes;
             let caller = before.find(&proof).filter(same).cloned().unwrap_or_else(|| {
                 let name: Arc<str> = name.into();
-                let share = shares.entry(name.clone()).or_insert_with(|| Arc::new(Share::new(self.allowance))).clone();
+                let share = shares
+                    .entry(name.clone())
+                    .or_insert_with(|| Arc::new(Share::new(self.allowance, SNAPSHOTS)))
+                    .clone();
                 Arc::new(Caller { name, scopes, share, revoked: CancellationToken::new() })
             });
             match proof {
@@ -172,8 +198,25 @@ impl Callers {
 impl Caller {
     /// Counts a call; how long to wait where it is one too many for now.
     pub fn count_call(&self) -> Result<(), Duration> {
-        let Some(calls) = &self.share.calls else { return Ok(()) };
+        let Some(calls) = &self.share.calls_per_second else { return Ok(()) };
         calls.check().map_err(|not_until| not_until.wait_time_from(DefaultClock::default().now()))
+    }
+
+    /// A place for one more call in flight, as long as it is held.
+    pub fn begin_call(&self) -> Option<OwnedSemaphorePermit> {
+        self.share.calls.clone().try_acquire_owned().ok()
+    }
+
+    /// A turn for one more snapshot, as long as it is held; waits for it.
+    pub async fn begin_snapshot(&self) -> OwnedSemaphorePermit {
+        match self.share.snapshots.clone().acquire_owned().await {
+            Ok(turn) => turn,
+            Err(_) => unreachable!("it is never closed"),
+        }
+    }
+
+    pub fn denials(&self) -> &Denials {
+        &self.share.denials
     }
 
     /// A place for one more watch, as long as it is held.
@@ -192,12 +235,36 @@ impl Caller {
     }
 }
 
+// === impl Denials ===
+
+impl Default for Denials {
+    fn default() -> Self {
+        Self { logged: RateLimiter::direct(Quota::per_second(LOGGED)), unlogged: AtomicU64::new(0) }
+    }
+}
+
+impl Denials {
+    /// Whether one more is logged, with how many that were not since the last one.
+    pub fn count(&self) -> Option<u64> {
+        if self.logged.check().is_err() {
+            self.unlogged.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(self.unlogged.swap(0, Ordering::Relaxed))
+    }
+}
+
 // === impl Share ===
 
 impl Share {
-    fn new(allowance: Allowance) -> Self {
-        let calls = allowance.calls_per_second.map(|calls| RateLimiter::direct(Quota::per_second(calls)));
-        Self { calls, watches: Arc::new(Semaphore::new(allowance.watches)) }
+    fn new(allowance: Allowance, snapshots: usize) -> Self {
+        Self {
+            calls_per_second: allowance.calls_per_second.map(|calls| RateLimiter::direct(Quota::per_second(calls))),
+            calls: Arc::new(Semaphore::new(allowance.calls)),
+            watches: Arc::new(Semaphore::new(allowance.watches)),
+            snapshots: Arc::new(Semaphore::new(snapshots)),
+            denials: Denials::default(),
+        }
     }
 }
 
@@ -207,7 +274,7 @@ mod tests {
 
     use super::*;
 
-    const ALLOWANCE: Allowance = Allowance { calls_per_second: NonZeroU32::new(2), watches: 1 };
+    const ALLOWANCE: Allowance = Allowance { calls_per_second: NonZeroU32::new(2), calls: 1, watches: 1 };
 
     fn credential(name: &str, proof: Proof, scopes: &str) -> Credential {
         Credential { name: name.into(), proof, scopes: Scopes::parse(scopes.split(' ')).unwrap() }

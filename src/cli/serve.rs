@@ -8,7 +8,9 @@ use super::{Exit, Failure};
 use crate::{
     cache,
     config::{ServeArgs, ServeConfig},
-    failpoint, feed, logging,
+    descriptors, failpoint, feed,
+    grpc::Limits,
+    logging,
     server::{DoorOptions, Options, Server, ServerError},
     store,
 };
@@ -65,7 +67,7 @@ fn options(config: ServeConfig) -> Options {
             tls: config.doors.tls,
             reread: REREAD_INTERVAL,
         },
-        limits: config.limits,
+        limits: Limits { connections: descriptors::room_for(config.limits.connections), ..config.limits },
     }
 }
 

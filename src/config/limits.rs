@@ -30,6 +30,10 @@ pub struct LimitArgs {
     #[arg(long, env = "ROLECACHE_MAX_CALLS_PER_SECOND", value_name = "COUNT", default_value_t = 100_000)]
     pub max_calls_per_second: u32,
 
+    /// Calls in flight of one caller, where there are credentials; further ones are refused with OVERLOADED.
+    #[arg(long, env = "ROLECACHE_MAX_CALLS_PER_CALLER", value_name = "COUNT", default_value_t = 2_500)]
+    pub max_calls_per_caller: usize,
+
     /// Watches of all callers; further ones are refused with TOO_MANY_WATCHES.
     #[arg(long, env = "ROLECACHE_MAX_WATCHES", value_name = "COUNT", default_value_t = 10_000)]
     pub max_watches: usize,
@@ -77,6 +81,7 @@ impl LimitArgs {
             ("--max-connections", self.max_connections),
             ("--max-streams", self.max_streams as usize),
             ("--max-calls", self.max_calls),
+            ("--max-calls-per-caller", self.max_calls_per_caller),
             ("--max-watches", self.max_watches),
             ("--max-watches-per-caller", self.max_watches_per_caller),
         ] {
@@ -98,6 +103,7 @@ impl LimitArgs {
         };
         let allowance = Allowance {
             calls_per_second: NonZeroU32::new(self.max_calls_per_second),
+            calls: self.max_calls_per_caller,
             watches: self.max_watches_per_caller,
         };
         Ok((limits, allowance))

@@ -59,7 +59,7 @@ fn doors_and_limits_reach_the_config() {
     assert_eq!(config.limits.handshake, Duration::from_secs(10));
     let config = serve(
         "--listen 0.0.0.0:1 --credentials c --tls-cert t --tls-key k --tls-client-ca a --tls-client-auth optional \
-         --max-connections 1 --max-streams 2 --max-calls 3 --max-calls-per-second 4 --max-watches 5 \
+         --max-connections 1 --max-streams 2 --max-calls 3 --max-calls-per-second 4 --max-calls-per-caller 7 --max-watches 5 \
          --max-watches-per-caller 6 --max-message-bytes 1024 --max-header-bytes 1025 --max-deadline 1s \
          --handshake-timeout 2s --keepalive-interval 3s --idle-timeout 4s",
     )
@@ -81,7 +81,7 @@ fn doors_and_limits_reach_the_config() {
         idle,
     };
     assert_eq!(config.limits, limits);
-    assert_eq!(config.allowance, Allowance { calls_per_second: std::num::NonZeroU32::new(4), watches: 6 });
+    assert_eq!(config.allowance, Allowance { calls_per_second: std::num::NonZeroU32::new(4), calls: 7, watches: 6 });
     assert_eq!(serve("--max-calls-per-second 0").unwrap().allowance.calls_per_second, None);
 }
 

@@ -3,37 +3,44 @@
 use std::{
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Frame, SizeHint};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body};
 
 use super::{fault::Fault, peer::Active};
 
+/// Of the caller, and of all.
+pub(super) type Places = [Option<OwnedSemaphorePermit>; 2];
+
 /// The body of an answer.
 pub(super) struct Answer {
     body: Body,
-    /// Ends it with SHUTTING_DOWN: of streams that know nothing of the end themselves.
-    end: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
-    /// Its place among the calls in flight: what nobody reads stays in memory.
-    _place: Option<OwnedSemaphorePermit>,
+    /// Of streams that know nothing of an end themselves.
+    end: Option<Pin<Box<dyn Future<Output = Fault> + Send>>>,
+    /// Its places among what is in flight: what nobody reads stays in memory.
+    _places: Places,
     _active: Active,
 }
 
 impl Answer {
-    pub(super) fn new(body: Body, place: Option<OwnedSemaphorePermit>, active: Active) -> Self {
-        if place.is_some() {
-            // All of it is there: from now on it is the client who is waited for.
-            active.is_answered();
-        }
-        Self { body, end: None, _place: place, _active: active }
+    pub(super) fn new(body: Body, places: Places, active: Active) -> Self {
+        Self { body, end: None, _places: places, _active: active }
     }
 
-    pub(super) fn ended_by(self, end: WaitForCancellationFutureOwned) -> Self {
+    /// Ends it with the server, and after so long.
+    pub(super) fn ended(self, end: WaitForCancellationFutureOwned, limit: Duration) -> Self {
+        let end = async move {
+            match timeout(limit, end).await {
+                Ok(()) => Fault::ShuttingDown,
+                Err(_) => Fault::Deadline,
+            }
+        };
         Self { end: Some(Box::pin(end)), ..self }
     }
 }
@@ -43,11 +50,13 @@ impl http_body::Body for Answer {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if self.end.as_mut().is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
+        if let Some(end) = &mut self.end
+            && let Poll::Ready(fault) = end.as_mut().poll(cx)
+        {
             self.end = None;
             self.body = Body::empty();
             let mut trailers = HeaderMap::new();
-            Status::from(Fault::ShuttingDown).add_header(&mut trailers)?;
+            Status::from(fault).add_header(&mut trailers)?;
             return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
         }
         Pin::new(&mut self.body).poll_frame(cx)

@@ -1,32 +1,21 @@
 //! Who may make which call: the table of RPCs and scopes, and the log of what was denied.
 
-use std::{
-    num::NonZeroU32,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::sync::Arc;
 
-use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, header::AUTHORIZATION};
 use tokio::sync::watch;
 
 use super::{fault::Fault, peer::Peer};
 use crate::{
-    access::{Access, Caller, Denied, Scope},
+    access::{Access, Caller, Denials, Denied, Scope},
     proto::Method,
 };
-
-/// Denied calls that are logged, a second; the others are counted.
-const LOGGED: NonZeroU32 = NonZeroU32::new(10).expect("more than 0");
 
 /// Where it is decided who comes in.
 pub(super) struct Door {
     access: Arc<Access>,
-    /// Of callers that are known, and of the others: who knocks without credentials does not hide what a caller tries.
-    logged: [DefaultDirectRateLimiter; 2],
-    unlogged: [AtomicU64; 2],
+    /// Of those who are nobody's. Each caller has its own, so that nobody hides what another one tries.
+    strangers: Denials,
 }
 
 /// Who makes a call, and from where; in the extensions of a request that was let in.
@@ -51,8 +40,7 @@ fn scope(method: Method) -> Scope {
 
 impl Door {
     pub(super) fn new(access: Arc<Access>) -> Self {
-        let logged = [(); 2].map(|()| RateLimiter::direct(Quota::per_second(LOGGED)));
-        Self { access, logged, unlogged: Default::default() }
+        Self { access, strangers: Denials::default() }
     }
 
     /// Tells whenever callers may have been revoked, from now on.
@@ -77,24 +65,20 @@ impl Door {
             Err(Denied::NoCredentials) => return deny(None, Fault::NoCredentials),
             Err(Denied::BadCredentials) => return deny(None, Fault::BadCredentials),
         };
+        // Denied calls count as well.
+        if let Err(after) = caller.count_call() {
+            return deny(Some(&caller), Fault::RateLimited { after });
+        }
         let scope = scope(method);
         if !caller.scopes.contains(scope) {
             return deny(Some(&caller), Fault::ScopeMissing { scope: scope.to_string() });
         }
-        if let Err(after) = caller.count_call() {
-            return deny(Some(&caller), Fault::RateLimited { after });
-        }
         Ok(caller)
     }
 
-    /// Says that a call was denied: no more often than somebody reads, whoever knocks however fast.
+    /// Says that a call was denied.
     pub(super) fn log(&self, caller: Option<&Caller>, peer: &Peer, method: Method, fault: &Fault) {
-        let kind = usize::from(caller.is_none());
-        if self.logged[kind].check().is_err() {
-            self.unlogged[kind].fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        let unlogged = self.unlogged[kind].swap(0, Ordering::Relaxed);
+        let Some(unlogged) = caller.map_or(&self.strangers, Caller::denials).count() else { return };
         let caller = caller.map_or("unknown", |caller| &*caller.name);
         tracing::warn!(
             target: "rolecache::audit",

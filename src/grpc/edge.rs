@@ -5,7 +5,8 @@
 //! 3. a server that shuts down refuses, so that clients go elsewhere at once;
 //! 4. who may not make the call is denied, before it costs anything;
 //! 5. statuses that tonic makes itself (broken and oversized messages) become those of the contract;
-//! 6. calls in flight are bounded, before they take memory; watches have bounds of their own;
+//! 6. calls in flight are bounded, each caller's and all, before they take memory; watches have bounds of their own, and so
+//!    have the streams that are open to all;
 //! 7. the caller's deadline is kept here: tonic has its server answer CANCELLED.
 
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
@@ -13,7 +14,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use futures::FutureExt;
 use http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::Semaphore,
     time::{Instant, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
@@ -22,7 +23,7 @@ use tower::ServiceExt;
 
 use super::{
     Limits,
-    answer::{Answer, Asking},
+    answer::{Answer, Asking, Places},
     deadline::Deadline,
     door::{Asker, Door},
     fault::Fault,
@@ -35,6 +36,14 @@ use crate::{
 
 /// Where the paths of health begin.
 const HEALTH: &str = "/grpc.health.v1.Health/";
+const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
+
+/// Streams at once that need no credentials. One of health takes a few KB for as long as its client likes; one of
+/// reflection may have three answers of 23 KB waiting, and ends soon.
+const HEALTH_WATCHES: usize = 10_000;
+const REFLECTIONS: usize = 64;
+
+const NO_PLACES: Places = [None, None];
 
 /// The way in.
 #[derive(Clone)]
@@ -42,6 +51,8 @@ pub(super) struct Edge {
     routes: Routes,
     door: Arc<Door>,
     calls: Arc<Semaphore>,
+    health_watches: Arc<Semaphore>,
+    reflections: Arc<Semaphore>,
     /// Of a call whose caller named no deadline, or a later one.
     deadline: Duration,
     message_bytes: usize,
@@ -50,9 +61,10 @@ pub(super) struct Edge {
 
 impl Edge {
     pub(super) fn new(routes: Routes, door: Arc<Door>, limits: &Limits, shutdown: CancellationToken) -> Self {
-        let calls = Arc::new(Semaphore::new(limits.calls));
+        let [calls, health_watches, reflections] =
+            [limits.calls, HEALTH_WATCHES, REFLECTIONS].map(|places| Arc::new(Semaphore::new(places)));
         let (deadline, message_bytes) = (limits.deadline, limits.message_bytes);
-        Self { routes, door, calls, deadline, message_bytes, shutdown }
+        Self { routes, door, calls, health_watches, reflections, deadline, message_bytes, shutdown }
     }
 
     pub(super) async fn call<B>(&self, request: Request<B>, peer: &Arc<Peer>) -> Response<Answer>
@@ -61,33 +73,53 @@ impl Edge {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let active = peer.begin();
-        // Health and reflection are answered without a store and without credentials, and have no part in its limits.
         if is_grpc(request.headers()) && !is_ours(&request) {
-            let answer = |response: Response<Body>| response.map(|body| Answer::new(body, None, active));
-            // Health ends its streams itself, with a last word. Reflection's would go on for as long as a client likes.
-            let limit = Instant::now() + self.deadline;
-            if request.uri().path().starts_with(HEALTH) {
-                return answer(
-                    timeout_at(limit, self.route(request)).await.unwrap_or_else(|_| refuse(Fault::Deadline)),
-                );
-            }
-            let end = || self.shutdown.clone().cancelled_owned();
-            let request = request.map(|body| Asking::until(end(), body));
-            let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(|_| refuse(Fault::Deadline));
-            return answer(response).map(|answer| answer.ended_by(end()));
+            return self.answer_all(request, active).await;
         }
         let answered = AssertUnwindSafe(self.answer(request, peer, &active)).catch_unwind().await;
-        let (response, place) = answered.unwrap_or_else(|panic| (refuse(Fault::panic(&*panic)), None));
-        response.map(|body| Answer::new(body, place, active))
+        let (response, places) = answered.unwrap_or_else(|panic| (refuse(Fault::panic(&*panic)), NO_PLACES));
+        if places[0].is_some() {
+            // All of it is there: from now on it is the client who is waited for.
+            active.is_answered();
+        }
+        response.map(|body| Answer::new(body, places, active))
     }
 
-    /// The answer, and the place among the calls in flight that it keeps until it is sent.
-    async fn answer<B>(
-        &self,
-        mut request: Request<B>,
-        peer: &Arc<Peer>,
-        active: &Active,
-    ) -> (Response<Body>, Option<OwnedSemaphorePermit>)
+    /// Health and reflection, which are answered without a store and without credentials, and have limits of their own.
+    async fn answer_all<B>(&self, request: Request<B>, active: Active) -> Response<Answer>
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let path = request.uri().path();
+        let places = match path.starts_with(HEALTH) {
+            true if path != HEALTH_WATCH => None,
+            true => Some(&self.health_watches),
+            false => Some(&self.reflections),
+        };
+        let place = match places.map(|places| places.clone().try_acquire_owned()) {
+            Some(Err(_)) => {
+                return refuse(Fault::Overloaded).map(|body| Answer::new(body, NO_PLACES, active));
+            }
+            place => place.and_then(Result::ok),
+        };
+        let limit = Instant::now() + self.deadline;
+        let late = |_| refuse(Fault::Deadline);
+        if path.starts_with(HEALTH) {
+            // It ends its streams itself, with a last word.
+            let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(late);
+            return response.map(|body| Answer::new(body, [None, place], active));
+        }
+        // These would go on for as long as a client likes. One that does not read its answers is found by its connection.
+        active.is_answered();
+        let end = || self.shutdown.clone().cancelled_owned();
+        let request = request.map(|body| Asking::until(end(), body));
+        let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(late);
+        response.map(|body| Answer::new(body, [None, place], active).ended(end(), self.deadline / 2))
+    }
+
+    /// The answer, and the places among the calls in flight, its caller's and all, that it keeps until it is sent.
+    async fn answer<B>(&self, mut request: Request<B>, peer: &Arc<Peer>, active: &Active) -> (Response<Body>, Places)
     where
         B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -95,22 +127,25 @@ impl Edge {
         if !is_grpc(request.headers()) {
             let mut response = Response::new(Body::empty());
             *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-            return (response, None);
+            return (response, NO_PLACES);
         }
         if self.shutdown.is_cancelled() {
-            return (refuse(Fault::ShuttingDown), None);
+            return (refuse(Fault::ShuttingDown), NO_PLACES);
         }
         let method = request.uri().path().rsplit('/').next().and_then(Method::of);
         // tonic answers that it is not implemented.
-        let Some(method) = method else { return (self.route(request).await, None) };
+        let Some(method) = method else { return (self.route(request).await, NO_PLACES) };
         let caller = match self.door.admit(request.headers(), peer, method) {
             Ok(caller) => caller,
-            Err(fault) => return (refuse(fault), None),
+            Err(fault) => return (refuse(fault), NO_PLACES),
         };
         active.is_of(&caller);
         request.extensions_mut().insert(Asker { caller: caller.clone(), peer: peer.clone() });
         let is_watch = method == Method::WatchRoleChanges;
-        let Ok(place) = self.calls.clone().try_acquire_owned() else { return (refuse(Fault::Overloaded), None) };
+        let places = [caller.begin_call(), self.calls.clone().try_acquire_owned().ok()];
+        if places.iter().any(Option::is_none) {
+            return (refuse(Fault::Overloaded), NO_PLACES);
+        }
         let deadline = Deadline::of(request.headers());
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(deadline);
@@ -132,10 +167,10 @@ impl Edge {
             }
         };
         match timeout_at(until, answer).await {
-            Ok(response) => (self.in_our_words(response), Some(place).filter(|_| !is_watch)),
+            Ok(response) => (self.in_our_words(response), if is_watch { NO_PLACES } else { places }),
             // Nobody set a limit but us, and only the store can have taken so long.
-            Err(_) if is_watch && until == limit => (refuse(Fault::StoreUnreachable), None),
-            Err(_) => (refuse(Fault::Deadline), None),
+            Err(_) if is_watch && until == limit => (refuse(Fault::StoreUnreachable), NO_PLACES),
+            Err(_) => (refuse(Fault::Deadline), NO_PLACES),
         }
     }
 

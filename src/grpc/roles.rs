@@ -176,6 +176,14 @@ impl RoleCacheService for RoleService {
         let creator = convert::user_id("creator_id", request.creator_id)?;
         let op = Op::Register { mailbox, creator };
         self.write(Method::RegisterMailbox, &asker, Grant::Any, None, op).await?;
+        // No change of a role, so that nothing else tells who said whose it is.
+        tracing::info!(
+            target: "rolecache::audit",
+            mailbox_id = mailbox.0,
+            creator_id = creator.0,
+            actor = &*asker.caller.name,
+            "mailbox registered"
+        );
         Ok(Response::new(v1::RegisterMailboxResponse {}))
     }
 

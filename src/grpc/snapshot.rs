@@ -13,6 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{Core, fault::Fault};
 use crate::{
+    access::Caller,
     role::{Anchor, UserRow},
     store::SNAPSHOT_LIMIT,
 };
@@ -31,11 +32,11 @@ pub(super) struct SnapshotReader {
 }
 
 impl SnapshotReader {
-    pub(super) fn start(core: Arc<Core>) -> Self {
+    pub(super) fn start(core: Arc<Core>, caller: Arc<Caller>) -> Self {
         let (begun, anchor) = oneshot::channel();
         let (sender, chunks) = mpsc::channel(1);
         let task = tokio::spawn(async move {
-            let _ = timeout(SNAPSHOT_LIMIT, read(core, begun, sender)).await;
+            let _ = timeout(SNAPSHOT_LIMIT, read(core, caller, begun, sender)).await;
         });
         Self { anchor: Some(anchor), chunks, task: AbortOnDropHandle::new(task) }
     }
@@ -72,10 +73,13 @@ impl SnapshotReader {
 
 async fn read(
     core: Arc<Core>,
+    caller: Arc<Caller>,
     begun: oneshot::Sender<Result<Anchor, Fault>>,
     chunks: mpsc::Sender<Result<Vec<UserRow>, Fault>>,
 ) {
-    let Ok(Ok(_turn)) = timeout(TURN_LIMIT, core.snapshots.acquire()).await else {
+    // First among the caller's own, so that they do not stand before others.
+    let turn = async { (caller.begin_snapshot().await, core.snapshots.acquire().await) };
+    let Ok((_own, Ok(_turn))) = timeout(TURN_LIMIT, turn).await else {
         let _ = begun.send(Err(Fault::Overloaded));
         return;
     };

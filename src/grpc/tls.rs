@@ -6,7 +6,7 @@ use rustls::{
     RootCertStore, ServerConfig,
     crypto::{CryptoProvider, ring},
     pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
-    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
+    server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
@@ -69,6 +69,12 @@ impl TlsOptions {
             format!("{} and {} do not belong together: {error}", self.certificate.display(), self.key.display())
         })?;
         config.alpn_protocols = vec![b"h2".to_vec()];
+        if verifier.is_some() {
+            // A resumed session brings its client's certificate along without a look at it: one that has run out meanwhile
+            // would go on.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+        }
         Ok(Tls { config: Arc::new(config), verifier })
     }
 }

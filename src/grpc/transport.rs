@@ -45,8 +45,9 @@ const PREFACE_BYTES: usize = 24;
 /// in flight finish.
 const DISTRUSTED_LIMIT: Duration = Duration::from_secs(3);
 
-/// Before the next accept where the process is out of file descriptors.
+/// Before the next accept where the process is out of file descriptors, and before that is told again.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+const ACCEPT_TOLD: Duration = Duration::from_secs(5);
 
 /// When connections end.
 #[derive(Clone, Default)]
@@ -72,6 +73,7 @@ pub(super) struct Wire {
 /// Accepts connections until they are to end.
 pub(super) async fn serve(listener: TcpListener, wire: Wire, connections: TaskTracker) {
     let places = Arc::new(Semaphore::new(wire.limits.connections));
+    let mut told: Option<Instant> = None;
     loop {
         let accepted = tokio::select! {
             () = wire.ends.gently.cancelled() => break,
@@ -90,7 +92,10 @@ pub(super) async fn serve(listener: TcpListener, wire: Wire, connections: TaskTr
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
+                if told.is_none_or(|told| told.elapsed() >= ACCEPT_TOLD) {
+                    told = Some(Instant::now());
+                    tracing::warn!(%error, "connections cannot be accepted");
+                }
                 sleep(ACCEPT_RETRY).await;
             }
         }

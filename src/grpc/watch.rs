@@ -154,7 +154,7 @@ impl Watch {
                 }
                 Start::Snapshot => {
                     let history = self.unless_over(self.core.step.settled()).await?.history;
-                    let mut snapshot = SnapshotReader::start(self.core.clone());
+                    let mut snapshot = SnapshotReader::start(self.core.clone(), self.caller.clone());
                     let anchor = self.unless_over(snapshot.anchor()).await??;
                     yield self.started(anchor, false);
                     let mut last = false;

@@ -79,6 +79,7 @@ async fn each_change_leaves_an_audit_line(db: Db) {
     to("delete 1");
     db.sql("insert into users (user_id, role, username) values (3, 'admin', 'eve')");
     server.err.until(|line| line.contains("\"eve\""));
+    to("mailbox register 7 42");
     server.stop("INT");
     let audit: Vec<Value> = server
         .err
@@ -87,6 +88,13 @@ async fn each_change_leaves_an_audit_line(db: Db) {
         .map(|line| serde_json::from_str::<Value>(line).unwrap())
         .filter(|line| line["target"] == "rolecache::audit")
         .collect();
+    let (mailboxes, audit): (Vec<Value>, Vec<Value>) =
+        audit.into_iter().partition(|line| line["message"] == "mailbox registered");
+    let told: Vec<String> = mailboxes
+        .iter()
+        .map(|line| format!("{} {} {}", line["mailbox_id"], line["creator_id"], line["actor"]))
+        .collect();
+    assert_eq!(told, ["7 42 \"anonymous\""]);
     let told: Vec<String> = audit
         .iter()
         .map(|line| {

@@ -4,7 +4,8 @@
 
 use std::time::{Duration, Instant};
 
-use rolecache::proto::v1::GetRoleRequest;
+use futures::future::join_all;
+use rolecache::proto::v1::{GetRoleRequest, SetRoleRequest};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -233,6 +234,7 @@ async fn out_of_file_descriptors() {
     let start = Start { url: &db.url(), files: Some(256), ..Start::default() };
     let server = start.spawn().ready().await;
     let address = server.address;
+    assert!(server.logged("as many connections as leave files for everything else: 156"));
     let attack = async {
         let mut sockets = Vec::new();
         for _ in 0..2_000 {
@@ -254,8 +256,29 @@ async fn out_of_file_descriptors() {
     goes_on("256 files", &neighbour, &format!("{clients} clients, {spent:.0?} of processor time in 2 s"));
     assert!(clients > 256, "{clients}");
     assert!(spent < Duration::from_secs(1), "it spins: {spent:?} in 2 s");
-    assert!(server.logged("a connection could not be accepted"));
+    // Who is in is served, from the store too.
+    let mut client = server.client.clone();
+    let set = SetRoleRequest { user_id: 7, role: "admin".into(), ..Default::default() };
+    client.set_role(set).await.expect("a write");
+    client.get_role(GetRoleRequest { user_id: 8, ..Default::default() }).await.expect("a miss");
     drop(sockets);
     recovers(&server).await;
+
+    // Where none is left all the same, it waits for one.
+    server.limit_files(16, 256);
+    let more: Vec<TcpStream> =
+        join_all((0..10).map(|_| TcpStream::connect(address))).await.into_iter().flatten().collect();
+    let told = async {
+        while !server.logged("connections cannot be accepted") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, told).await.expect("it says so");
+    let before = server.processor_time();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let spent = server.processor_time() - before;
+    assert!(spent < Duration::from_secs(1), "it spins: {spent:?} in 2 s");
+    server.limit_files(256, 256);
+    drop(more);
     plain(address, None).await.get_role(GetRoleRequest { user_id: 1, ..Default::default() }).await.unwrap();
 }

@@ -271,7 +271,7 @@ async fn a_manager_of_moderators_neither_makes_nor_unmakes_an_admin(db: Db) {
 async fn whoever_knocks_however_fast_the_log_stays_short() {
     logs::capture();
     let house = House::new();
-    house.admit(&[token("knocker", "sesame", "watch")]);
+    house.admit(&[token("knocker", "sesame", "watch"), token("quiet-caller", "1", "watch")]);
     let db = Db::sqlite();
     let server = house.closed(Setup::new(&db)).serve().await;
     let mut knocks = plain(server.address, Some("sesame")).await;
@@ -283,6 +283,9 @@ async fn whoever_knocks_however_fast_the_log_stays_short() {
     let most = 10 * (2 + begun.elapsed().as_secs() as usize);
     assert!((10..=most).contains(&lines.len()), "{} lines", lines.len());
     assert!(lines[0].contains("peer=127.0.0.1:") && lines[0].contains("SCOPE_MISSING stats"), "{}", lines[0]);
+    // Nor does it hide what somebody else tries.
+    assert!(call(&mut plain(server.address, Some("1")).await, Method::Stats).await.is_err());
+    assert_eq!(logs::lines_with("quiet-caller").len(), 1);
     // What was not logged is counted in the next line that is.
     let counted = async {
         loop {

@@ -12,7 +12,7 @@ use http::{Request, StatusCode};
 use prost::Message;
 use rolecache::{
     grpc,
-    proto::v1::{BatchGetRolesRequest, GetRoleRequest, WatchRoleChangesRequest},
+    proto::v1::{BatchGetRolesRequest, GetRoleRequest, SetRoleRequest, StatsRequest, WatchRoleChangesRequest},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -242,6 +242,91 @@ async fn calls_per_second_of_each_caller() {
     plain(server.address, Some("3")).await.get_role(get(1)).await.expect("another caller");
     tokio::time::sleep(wait).await;
     eager.get_role(get(1)).await.expect("after the wait that was asked for");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_in_flight_of_each_caller() {
+    let house = House::new();
+    house.admit(&[token("eager", "1", "read"), token("other", "2", "write stats")]);
+    let db = Db::sqlite();
+    let gates = Gates::default();
+    let mut setup = house.closed(Setup::new(&db));
+    setup.doors.allowance.calls = 3;
+    let server = setup.wrap(gates.guard()).serve().await;
+    gates.roles.close();
+    let eager = plain(server.address, Some("1")).await;
+    let waiting: Vec<_> = (1..=3)
+        .map(|user| {
+            let mut eager = eager.clone();
+            tokio::spawn(async move { eager.get_role(get(user)).await })
+        })
+        .collect();
+    let mut other = plain(server.address, Some("2")).await;
+    let all_wait = async { while other.stats(StatsRequest {}).await.unwrap().into_inner().misses < 3 {} };
+    timeout(PATIENCE, all_wait).await.expect("three wait");
+    refused_for_now(eager.clone().get_role(get(4)).await, Code::ResourceExhausted, "OVERLOADED");
+    let set = SetRoleRequest { user_id: 9, role: "admin".into(), ..Default::default() };
+    timeout(PATIENCE, other.set_role(set)).await.unwrap().expect("another caller");
+    gates.roles.open();
+    for call in waiting {
+        call.await.unwrap().unwrap();
+    }
+    eager.clone().get_role(get(4)).await.expect("its places are free");
+}
+
+/// Who leaves theirs unread keeps a turn for some seconds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_of_each_caller() {
+    let house = House::new();
+    house.admit(&[token("eager", "1", "watch"), token("other", "2", "watch write")]);
+    let db = Db::sqlite();
+    let gates = Gates::default();
+    let server = house.closed(Setup::new(&db)).wrap(gates.guard()).serve().await;
+    gates.snapshot.close();
+    let (eager, mut other) = (plain(server.address, Some("1")).await, plain(server.address, Some("2")).await);
+    let request = || WatchRoleChangesRequest { initial_snapshot: true, ..Default::default() };
+    let mut held = Vec::new();
+    for _ in 0..8 {
+        held.push(eager.clone().watch_role_changes(request()).await.unwrap().into_inner());
+    }
+    for _ in 0..3 {
+        gates.snapshot.arrived().await;
+    }
+    let mut stream = other.watch_role_changes(request()).await.unwrap().into_inner();
+    timeout(PATIENCE, gates.snapshot.arrived()).await.expect("another caller's has its turn");
+    gates.snapshot.open();
+    timeout(PATIENCE, stream.message()).await.unwrap().unwrap().expect("it starts");
+}
+
+/// Nobody needs credentials for them, so that they have a bound, and an end that needs no client.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reflection_is_bounded() {
+    let (server, _db) = serve(|limits| limits.deadline = Duration::from_secs(2)).await;
+    let path = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    let mut sender = unreading(server.address).await;
+    let mut streams = Vec::new();
+    let refused = loop {
+        let (answer, request) = sender.send_request(head(server.address, path), false).unwrap();
+        let answer = timeout(PATIENCE, answer).await.unwrap().unwrap();
+        if let Some(status) = answer.headers().get("grpc-status") {
+            break status.clone();
+        }
+        streams.push((answer, request));
+        assert!(streams.len() <= 64, "no bound");
+    };
+    assert_eq!((streams.len(), refused.as_bytes()), (64, &b"8"[..]));
+    server.get(1).await;
+    // They end, whether their client reads or not.
+    let free = async {
+        loop {
+            let mut sender = unreading(server.address).await;
+            let (answer, _request) = sender.send_request(head(server.address, path), false).unwrap();
+            if answer.await.unwrap().headers().get("grpc-status").is_none() {
+                return;
+            }
+        }
+    };
+    timeout(PATIENCE, free).await.expect("their places are free");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

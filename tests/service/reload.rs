@@ -15,13 +15,19 @@ use rolecache::{
     access::credentials::Credential,
     proto::v1::{GetRoleRequest, SetRoleRequest, StatsRequest, WatchRoleChangesRequest},
 };
-use tokio::{net::TcpStream, time::timeout};
+use rustls::HandshakeKind;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Code;
 
 use crate::{
     support::{
-        doors::{Ca, House, certificate, plain, rpc, token},
+        abuse::PREFACE,
+        doors::{Ca, House, certificate, handshake, plain, rpc, token},
         raw::{SERVICE, frame},
         server::{Db, PATIENCE, Setup},
         watch::reason,
@@ -233,6 +239,23 @@ async fn under_another_client_ca_old_connections_end() {
     new.get_role(get()).await.expect("the new certificate");
     db.put(&[(5, "admin")]);
     assert!(timeout(PATIENCE, other.message()).await.unwrap().expect("the other goes on").is_some());
+}
+
+/// A session brings its certificate along, however long ago that ran out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_certificates_are_asked_for_no_session_is_resumed() {
+    let house = House::new();
+    house.admit(&[token("bot", "sesame", "read")]);
+    let db = Db::sqlite();
+    let server = house.tls(Setup::new(&db), false).start().await;
+    let client = house.client();
+    for turn in 0..3 {
+        let mut stream = handshake(server.address, client.clone()).await.unwrap();
+        stream.write_all(&[PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat()).await.unwrap();
+        // With the first bytes of an answer tickets would have come.
+        stream.read_u8().await.unwrap();
+        assert_eq!(stream.get_ref().1.handshake_kind(), Some(HandshakeKind::Full), "{turn}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,6 +9,7 @@ use std::{
 };
 
 use rolecache::proto::v1::role_cache_service_client::RoleCacheServiceClient;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tonic::transport::Channel;
 
 use super::server::{PATIENCE, try_client};
@@ -142,6 +143,12 @@ impl ChildServer {
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
         let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
         Duration::from_millis(ticks * 10)
+    }
+
+    /// How many files it may have open from now on, of those that it was started with; what is open stays.
+    pub fn limit_files(&self, files: u64, most: u64) {
+        let limit = Rlimit { current: Some(files), maximum: Some(most) };
+        prlimit(Some(Pid::from_child(&self.process.0)), Resource::Nofile, limit).unwrap();
     }
 
     /// Sends a signal, such as STOP, CONT or TERM.

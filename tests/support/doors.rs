@@ -75,6 +75,16 @@ pub async fn plain(address: SocketAddr, token: Option<&str>) -> Rpc {
     rpc(endpoint.connect().await.unwrap(), token)
 }
 
+/// A connection of TLS to the server of a house, and nothing said on it.
+pub async fn handshake(
+    address: SocketAddr,
+    client: Arc<rustls::ClientConfig>,
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::try_from("localhost").unwrap();
+    TlsConnector::from(client).connect(name, stream).await
+}
+
 // === impl Shown ===
 
 impl Interceptor for Shown {
@@ -176,8 +186,8 @@ impl House {
         timeout(PATIENCE, endpoint.tls_config(tls)?.connect()).await.expect("a handshake ends in time")
     }
 
-    /// A connection of TLS, without a certificate of ours, and nothing said on it.
-    pub async fn handshake(&self, address: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {
+    /// A client without a certificate, that would go on with a session of before.
+    pub fn client(&self) -> Arc<rustls::ClientConfig> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(self.servers.pem.as_bytes()).unwrap()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -185,9 +195,12 @@ impl House {
             rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         let mut config = builder.with_root_certificates(roots).with_no_client_auth();
         config.alpn_protocols = vec![b"h2".to_vec()];
-        let stream = TcpStream::connect(address).await?;
-        let name = ServerName::try_from("localhost").unwrap();
-        TlsConnector::from(Arc::new(config)).connect(name, stream).await
+        Arc::new(config)
+    }
+
+    /// A connection of TLS, without a certificate of ours, and nothing said on it.
+    pub async fn handshake(&self, address: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {
+        handshake(address, self.client()).await
     }
 
     /// Waits until new connections are shown this certificate.

@@ -67,7 +67,7 @@ pub struct Setup {
 }
 
 /// What one caller may do: nothing that a test meets by accident.
-pub const ALLOWANCE: Allowance = Allowance { calls_per_second: None, watches: 10_000 };
+pub const ALLOWANCE: Allowance = Allowance { calls_per_second: None, calls: 10_000, watches: 10_000 };
 
 /// Puts something in front of a store.
 pub type Wrap = Box<dyn Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync>;
