@@ -1,9 +1,18 @@
 //! Plain SQL of every kind, through the real psql: each change is logged once, as the row became.
 
-use rolecache::role::{Origin, RoleName, UserId};
+use std::time::Duration;
 
-use super::{fresh, log, logged, role_of, told};
-use crate::support::postgres::{Session, psql, try_psql};
+use rolecache::role::{Origin, Revision, RoleName, UserId};
+use tokio::{
+    task::{block_in_place, spawn_blocking},
+    time::{sleep, timeout},
+};
+
+use super::{fresh, log, logged, open, role_of, told};
+use crate::support::{
+    postgres::{Postgres, Session, psql, try_psql},
+    server::PATIENCE,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn single_statements_are_logged() {
@@ -246,4 +255,45 @@ async fn a_column_whose_type_changes_breaks_no_open_session() {
     let commits = log(&*store).await;
     assert_eq!(told(&commits), "1:-a\n1:a-b\n2:-c\n1:b-d 2:c-d\n1:d- 2:d-\n");
     assert_eq!(commits[4].changes[1].username.as_deref(), Some("eve"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicated_rows_are_logged() {
+    let server = spawn_blocking(Postgres::start_own).await.unwrap();
+    let [source, target] = [server.fresh_database().await, server.fresh_database().await];
+    psql(&source.url, "alter system set wal_level = logical");
+    block_in_place(|| {
+        server.stop();
+        server.start();
+    });
+    psql(
+        &source.url,
+        "create table users (user_id bigint primary key, role text, username text);
+         create publication roles for table users",
+    );
+    let store = open(&target.url).await;
+    // To a database of the same server, making the slot along with the subscription would wait for itself.
+    psql(&source.url, "select pg_create_logical_replication_slot('roles', 'pgoutput')");
+    psql(
+        &target.url,
+        &format!(
+            "create subscription roles connection '{}' publication roles
+               with (create_slot = false, slot_name = roles, copy_data = false)",
+            source.url
+        ),
+    );
+    psql(&source.url, "insert into users values (1, 'admin', 'eve'), (2, 'x', 'bob')");
+    psql(&source.url, "update users set role = 'y' where user_id = 2; delete from users where user_id = 1");
+    let arrived = async {
+        while store.head().await.unwrap().revision < Revision(3) {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, arrived).await.expect("the rows arrive");
+    assert_eq!(told(&log(&*store).await), "1:-admin 2:-x\n2:x-y\n1:admin-\n");
+    store.close().await;
+    psql(
+        &target.url,
+        "alter subscription roles disable; alter subscription roles set (slot_name = none); drop subscription roles",
+    );
 }
