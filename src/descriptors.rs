@@ -4,7 +4,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// For what is no caller's: the store's connections, files that are read again, the listener. Without them a revoked token
 /// would live for as long as somebody keeps the others.
-const OWN: u64 = 100;
+const OWN: u64 = 200;
 
 /// Raises what this process may have open to what it is allowed to ask for, and says how many of `connections` there is room
 /// for.

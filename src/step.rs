@@ -5,8 +5,9 @@
 
 use std::{
     cmp,
+    collections::VecDeque,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -20,6 +21,9 @@ use crate::{
     role::{Anchor, Revision, Tag},
     sync,
 };
+
+/// Commits whose tags are kept: more than one page of the log can have, which is applied without a pause.
+const RECENT: usize = 16_384;
 
 /// How long a proof lets the cache answer as truth.
 pub const PROOF_HOLDS: Duration = Duration::from_secs(2);
@@ -82,6 +86,8 @@ struct Shared {
     /// The newest revision that any read of the log has shown.
     store_head: AtomicI64,
     place: watch::Sender<Place>,
+    /// What was applied last of this history, in order.
+    recent: Mutex<VecDeque<Anchor>>,
     feed: watch::Sender<FeedState>,
     proven: Notify,
     nudge: Notify,
@@ -98,6 +104,7 @@ pub fn start() -> (Stepper, Step) {
         found: AtomicU64::new(0),
         store_head: AtomicI64::new(0),
         place: watch::Sender::new(place),
+        recent: Mutex::default(),
         feed: watch::Sender::new(FeedState::Disconnected),
         proven: Notify::new(),
         nudge: Notify::new(),
@@ -192,6 +199,14 @@ impl Step {
 
     pub fn place(&self) -> Place {
         *self.0.place.borrow()
+    }
+
+    /// Whether what is followed has this very commit: a store that has gone back in time gives the same numbers again. None
+    /// where it is not applied yet, or too long ago.
+    pub fn has(&self, seen: Anchor) -> Option<bool> {
+        let recent = self.0.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = recent.binary_search_by_key(&seen.revision, |anchor| anchor.revision).ok()?;
+        Some(recent[at] == seen)
     }
 
     pub fn feed(&self) -> FeedState {
@@ -310,6 +325,7 @@ impl Stepper {
     pub fn follow_from(&self, anchor: Anchor) {
         self.0.store_head.store(anchor.revision.0, Ordering::SeqCst);
         let history = History(self.0.history.load(Ordering::SeqCst));
+        *self.recent() = VecDeque::from([anchor]);
         // Under the lock of the place: who has seen the one and then looks at the other must not see it go back.
         self.0.place.send_modify(|place| {
             self.0.applied.store(anchor.revision.0, Ordering::SeqCst);
@@ -321,10 +337,20 @@ impl Stepper {
     pub fn advance(&self, anchor: Anchor) {
         let before = self.0.applied.load(Ordering::SeqCst);
         assert!(before < anchor.revision.0, "applied goes from {before} to {}", anchor.revision);
+        let mut recent = self.recent();
+        if recent.len() == RECENT {
+            recent.pop_front();
+        }
+        recent.push_back(anchor);
+        drop(recent);
         self.0.place.send_modify(|place| {
             self.0.applied.store(anchor.revision.0, Ordering::SeqCst);
             place.applied = anchor;
         });
+    }
+
+    fn recent(&self) -> MutexGuard<'_, VecDeque<Anchor>> {
+        self.0.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn saw_head(&self, head: Revision) {
@@ -372,11 +398,16 @@ mod tests {
         stepper.advance(anchor(6));
         assert_eq!(waiting.await.unwrap(), Ok(()));
 
+        let other = Anchor { tag: Tag(Uuid::max()), ..anchor(4) };
+        assert_eq!([anchor(3), anchor(4), other].map(|seen| step.has(seen)), [Some(true), Some(true), Some(false)]);
+        assert_eq!([anchor(2), anchor(5), anchor(7)].map(|seen| step.has(seen)), [None; 3]);
+
         let (first, place) = (step.history(), step.place());
         assert_eq!(place.applied, anchor(6));
         stepper.begin_history();
         stepper.follow_from(anchor(9));
         assert_eq!(step.reach_in(first, Revision(7)).await, Err(HistoryEnded));
+        assert_eq!((step.has(anchor(6)), step.has(anchor(9))), (None, Some(true)));
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@
 mod line;
 
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     io,
     sync::{
@@ -230,6 +231,14 @@ impl BusyTask {
                 held.take(&pending.call);
             });
             again.extend(committed.again);
+            if let Some(cause) = committed.lost {
+                // As in the other lane, but for those whose first attempt may yet be found.
+                let (in_doubt, others) = line.0.drain(..).partition(Pending::is_in_doubt);
+                line.0 = in_doubt;
+                let others: VecDeque<Pending> = others;
+                others.into_iter().for_each(|pending| pending.give_up(WriteFailure::Unreachable(cause.clone())));
+                break;
+            }
         }
         // In front of those who came after them.
         again.into_iter().rev().for_each(|pending| line.0.push_front(pending));
@@ -304,6 +313,8 @@ impl Pending {
             }
             Err(WriteError::Refused(refusal)) => WriteFailure::Refused(refusal),
             Err(WriteError::Broken(cause)) => WriteFailure::Broken(cause),
+            // To ask again finds out no more.
+            Err(WriteError::Forgotten) => WriteFailure::OutcomeUnknown,
             Err(WriteError::Busy) if self.may_try_again() => return Some(self),
             Err(WriteError::Busy) => WriteFailure::UserBusy,
             Err(WriteError::Unreachable(_)) if self.is_in_doubt() && self.may_try_again() => {

@@ -140,7 +140,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set enab
 #variable_conflict use_column
 begin
   return query
-  select rolecache.role_of(u.role), to_jsonb(u) ->> 'username' from public.users u where u.user_id = $1;
+  select rolecache.role_of(u.role), to_jsonb(u.*) ->> 'username' from public.users u where u.user_id = $1;
 end $$;
 
 -- The same as log_change, spelled out: a call per row would double the cost of a bulk update.
@@ -507,10 +507,10 @@ begin
     if array_length(upd_ids, 1) > 0 then
       if named then
         update public.users s set role = i.role, username = coalesce(i.name, s.username)
-        from unnest(upd_ids, upd_roles, upd_names) as i(id, role, name) where s.user_id = i.id;
+        from unnest(ours.upd_ids, ours.upd_roles, ours.upd_names) as i(id, role, name) where s.user_id = i.id;
       else
         update public.users s set role = i.role
-        from unnest(upd_ids, upd_roles) as i(id, role) where s.user_id = i.id;
+        from unnest(ours.upd_ids, ours.upd_roles) as i(id, role) where s.user_id = i.id;
       end if;
     end if;
   end if;

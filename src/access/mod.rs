@@ -8,10 +8,10 @@ mod scope;
 mod secret;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     num::NonZeroU32,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -34,6 +34,8 @@ pub use self::{
 pub struct Access {
     doors: Doors,
     allowance: Allowance,
+    /// Held while credentials are compared with those of before, which nobody who calls waits for.
+    replacing: Mutex<()>,
     /// Rung whenever callers may have been revoked.
     replaced: watch::Sender<()>,
 }
@@ -53,6 +55,9 @@ pub struct Allowance {
     pub calls: usize,
     pub watches: usize,
 }
+
+/// Users and roles in the filters of all watches of one caller, which are held as long as those are open: some 50 MiB.
+const FILTERS: usize = 1_000_000;
 
 /// Snapshots of one caller at once, of the four that are read from the store: who leaves theirs unread is not in everybody's
 /// way.
@@ -88,6 +93,7 @@ struct Share {
     calls_per_second: Option<DefaultDirectRateLimiter>,
     calls: Arc<Semaphore>,
     watches: Arc<Semaphore>,
+    filters: Arc<Semaphore>,
     snapshots: Arc<Semaphore>,
     denials: Denials,
 }
@@ -110,11 +116,17 @@ impl Access {
             share: Arc::new(Share::new(allowance, Semaphore::MAX_PERMITS)),
             revoked: CancellationToken::new(),
         };
-        Self { doors: Doors::Open(Arc::new(caller)), allowance, replaced: watch::Sender::new(()) }
+        Self {
+            doors: Doors::Open(Arc::new(caller)),
+            allowance,
+            replacing: Mutex::default(),
+            replaced: watch::Sender::new(()),
+        }
     }
 
     pub fn closed(credentials: Vec<Credential>, allowance: Allowance) -> Self {
-        let access = Self { doors: Doors::Closed(RwLock::default()), allowance, replaced: watch::Sender::new(()) };
+        let (doors, replacing, replaced) = (Doors::Closed(RwLock::default()), Mutex::default(), watch::Sender::new(()));
+        let access = Self { doors, allowance, replacing, replaced };
         access.replace(credentials);
         access
     }
@@ -125,8 +137,8 @@ impl Access {
     /// Where the doors are open: there is nothing to replace.
     pub fn replace(&self, credentials: Vec<Credential>) {
         let Doors::Closed(callers) = &self.doors else { panic!("open doors have no credentials") };
-        let mut callers = callers.write().unwrap_or_else(PoisonError::into_inner);
-        let before = callers.clone();
+        let _turn = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = callers.read().unwrap_or_else(PoisonError::into_inner).clone();
         let mut shares: HashMap<Arc<str>, Arc<Share>> =
             before.all().map(|caller| (caller.name.clone(), caller.share.clone())).collect();
         let mut after = Callers::default();
@@ -145,8 +157,9 @@ impl Access {
                 Proof::Certificate(name) => drop(after.certificates.insert(name, caller)),
             }
         }
-        *callers = Arc::new(after);
-        for gone in before.all().filter(|caller| !callers.all().any(|left| Arc::ptr_eq(left, caller))) {
+        let stays: HashSet<_> = after.all().map(Arc::as_ptr).collect();
+        *callers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(after);
+        for gone in before.all().filter(|caller| !stays.contains(&Arc::as_ptr(caller))) {
             gone.revoked.cancel();
         }
         self.replaced.send_replace(());
@@ -219,9 +232,11 @@ impl Caller {
         &self.share.denials
     }
 
-    /// A place for one more watch, as long as it is held.
-    pub fn begin_watch(&self) -> Option<OwnedSemaphorePermit> {
-        self.share.watches.clone().try_acquire_owned().ok()
+    /// Places for one more watch with so many users and roles in its filter, as long as they are held.
+    pub fn begin_watch(&self, filtered: u32) -> Option<[OwnedSemaphorePermit; 2]> {
+        let watch = self.share.watches.clone().try_acquire_owned().ok()?;
+        let filter = self.share.filters.clone().try_acquire_many_owned(filtered).ok()?;
+        Some([watch, filter])
     }
 
     /// Whether its credential is gone or has other scopes.
@@ -262,6 +277,7 @@ impl Share {
             calls_per_second: allowance.calls_per_second.map(|calls| RateLimiter::direct(Quota::per_second(calls))),
             calls: Arc::new(Semaphore::new(allowance.calls)),
             watches: Arc::new(Semaphore::new(allowance.watches)),
+            filters: Arc::new(Semaphore::new(FILTERS)),
             snapshots: Arc::new(Semaphore::new(snapshots)),
             denials: Denials::default(),
         }
@@ -327,12 +343,12 @@ mod tests {
     fn credentials_of_one_name_share_what_it_may_do() {
         let access = Access::closed(vec![token("a", "1", "read")], ALLOWANCE);
         let old = access.admit(Some(b"1"), &[]).unwrap();
-        let watch = old.begin_watch().unwrap();
+        let watch = old.begin_watch(0).unwrap();
         access.replace(vec![token("a", "2", "read"), token("b", "3", "read")]);
         let [new, other] = [b"2", b"3"].map(|secret| access.admit(Some(secret), &[]).unwrap());
-        assert!(new.begin_watch().is_none() && other.begin_watch().is_some());
+        assert!(new.begin_watch(0).is_none() && other.begin_watch(0).is_some());
         drop(watch);
-        assert!(new.begin_watch().is_some());
+        assert!(new.begin_watch(FILTERS as u32).is_some());
         assert!(old.count_call().is_ok() && new.count_call().is_ok());
         let wait = new.count_call().unwrap_err();
         assert!(wait > Duration::ZERO && wait <= Duration::from_secs(1), "{wait:?}");

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     failpoint,
-    role::{Revision, RoleName, UserId},
+    role::{Anchor, Revision, RoleName, UserId},
     step::{History, HistoryEnded},
     sync::{AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering, PoisonError, timeout},
 };
@@ -59,6 +59,8 @@ pub(super) struct Fill {
 pub(super) struct Filled {
     pub(super) role: RoleName,
     pub(super) revision: Revision,
+    /// The head that it was read at, where nobody has compared that with what was applied.
+    pub(super) unkept: Option<Anchor>,
 }
 
 /// The fills that run now.
@@ -225,7 +227,8 @@ impl RoleCache {
         let revision = found.head.revision;
         self.step.nudge();
         if place.history == history && revision < place.applied.revision {
-            self.history_ends(history).await;
+            // The store has forgotten commits. The tailer, nudged, finds out what happened and begins a new history.
+            let _ = timeout(STEP_LIMIT, self.step.reach_in(history, Revision(i64::MAX))).await;
             return Ok(());
         }
         let limit = if self.is_far_behind() { Duration::ZERO } else { STEP_LIMIT };
@@ -234,16 +237,16 @@ impl RoleCache {
             Ok(Err(HistoryEnded)) => return Ok(()),
             Err(_) => false,
         };
-        let now = self.step.place();
-        if now.history == history && now.applied.revision == revision && now.applied.tag != found.head.tag {
-            self.history_ends(history).await;
+        if reached && self.step.has(found.head) != Some(true) {
+            // Of a store that has gone back in time, or so long passed that nobody can tell.
+            let _ = timeout(STEP_LIMIT, self.step.found_anew(history)).await;
             return Ok(());
         }
         for (user, role) in users.into_iter().zip(found.roles) {
             let fill = &running[&user];
             let filled = match reached {
                 true => self.keep(fill, role, revision, history),
-                false => Some(Filled { role, revision }),
+                false => Some(Filled { role, revision, unkept: Some(found.head) }),
             };
             if let Some(filled) = filled {
                 self.fills.finish(fill, Ok(filled));
@@ -251,11 +254,6 @@ impl RoleCache {
             }
         }
         Ok(())
-    }
-
-    /// The store has forgotten commits. The tailer, nudged, finds out what happened and begins a new history.
-    async fn history_ends(&self, history: History) {
-        let _ = timeout(STEP_LIMIT, self.step.reach_in(history, Revision(i64::MAX))).await;
     }
 
     /// Puts a role in that was read at `revision`, which is applied; None if a later commit has touched the user, or
@@ -277,6 +275,6 @@ impl RoleCache {
             Ok(id) => self.put_in(fill.user, id),
             Err(reason) => tracing::debug!(user_id = fill.user.0, %reason, "a role is not kept in memory"),
         }
-        Some(Filled { role, revision: applied.max(revision) })
+        Some(Filled { role, revision: applied.max(revision), unkept: None })
     }
 }

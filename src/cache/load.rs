@@ -30,6 +30,8 @@ pub(super) enum LoadError {
     NotKept(UserId, NotKept),
     #[error("a commit that came meanwhile could not be applied")]
     Spoiled,
+    #[error("the commit that they are as of is not in the log that is followed, or too long passed")]
+    Passed,
 }
 
 impl RoleCache {
@@ -61,6 +63,9 @@ impl RoleCache {
         let at = snapshot.anchor().revision;
         self.step.nudge();
         timeout(SNAPSHOT_LIMIT, self.step.reach_in(history, at)).await.map_err(|_| LoadError::Behind)??;
+        if self.step.has(snapshot.anchor()) != Some(true) {
+            return Err(LoadError::Passed);
+        }
         loop {
             let users = snapshot.next().await?;
             if users.is_empty() {

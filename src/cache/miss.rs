@@ -78,6 +78,10 @@ impl RoleCache {
                     self.floor.raise(standing.history, filled.revision);
                 } else if self.step.reach_in(standing.history, filled.revision).await.is_err() {
                     return Ok(None);
+                } else if filled.unkept.is_some_and(|seen| self.step.has(seen) != Some(true)) {
+                    // As far by number, and perhaps of another history.
+                    wanted.push(index);
+                    continue;
                 }
                 if filled.revision >= standing.applied {
                     found[index] = Some(filled);

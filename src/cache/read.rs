@@ -263,16 +263,15 @@ impl RoleCache {
         for (index, role) in missing.into_iter().zip(filled) {
             roles[index] = Some(role);
         }
-        // Where everything was loaded the answer is as new as the load; hits are only as new as the look at them, whose
-        // proof may have run out meanwhile: then all are looked at again.
-        let revision = match users_missing.len() == users.len() {
-            true => oldest,
-            false if standing.is_proven() => standing.applied,
-            false => {
-                wish.counted = false;
-                return Ok(None);
-            }
-        };
+        let all_missed = users_missing.len() == users.len();
+        if !all_missed && !standing.is_proven() {
+            // Hits are only as new as the look at them, whose proof has run out meanwhile: all from the store, then, which ends,
+            // however little is kept in memory.
+            wish.counted = false;
+            return self.answer_from_store(users, self.step.standing(), wish).await;
+        }
+        // Where everything was loaded the answer is as new as the load.
+        let revision = if all_missed { oldest } else { standing.applied };
         let roles = roles.into_iter().flatten().collect();
         Ok(Some(ReadAnswer { roles, revision, source: Source::Store, stale: false }))
     }

@@ -9,7 +9,10 @@ use std::{
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Frame, SizeHint};
-use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Timeout, timeout},
+};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body};
 
@@ -71,16 +74,16 @@ impl http_body::Body for Answer {
     }
 }
 
-/// The body of a request that ends with the server: who reads it would wait for as long as its client likes, and the
+/// The body of a request that ends with the server, and after so long: who reads it would wait for as long as its client likes, and the
 /// connection with it.
 pub(super) struct Asking<B> {
     body: B,
-    end: Pin<Box<WaitForCancellationFutureOwned>>,
+    end: Pin<Box<Timeout<WaitForCancellationFutureOwned>>>,
 }
 
 impl<B> Asking<B> {
-    pub(super) fn until(end: WaitForCancellationFutureOwned, body: B) -> Self {
-        Self { body, end: Box::pin(end) }
+    pub(super) fn until(end: WaitForCancellationFutureOwned, limit: Duration, body: B) -> Self {
+        Self { body, end: Box::pin(timeout(limit, end)) }
     }
 }
 

@@ -34,9 +34,10 @@ use crate::{
     proto::{Method, v1::role_cache_service_server::SERVICE_NAME},
 };
 
-/// Where the paths of health begin.
+/// Where the paths of health begin, and those of both versions of reflection.
 const HEALTH: &str = "/grpc.health.v1.Health/";
 const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
+const REFLECTION: &str = "/grpc.reflection.";
 
 /// Streams at once that need no credentials. One of health takes a few KB for as long as its client likes; one of
 /// reflection may have three answers of 23 KB waiting, and ends soon.
@@ -92,28 +93,30 @@ impl Edge {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let path = request.uri().path();
-        let places = match path.starts_with(HEALTH) {
-            true if path != HEALTH_WATCH => None,
-            true => Some(&self.health_watches),
-            false => Some(&self.reflections),
-        };
-        let place = match places.map(|places| places.clone().try_acquire_owned()) {
-            Some(Err(_)) => {
+        let is_health = path.starts_with(HEALTH);
+        let goes_on = path == HEALTH_WATCH;
+        let places = [(&self.health_watches, goes_on), (&self.reflections, path.starts_with(REFLECTION))];
+        let mut place = None;
+        for (places, _) in places.into_iter().filter(|(_, is_asked_for)| *is_asked_for) {
+            place = places.clone().try_acquire_owned().ok();
+            if place.is_none() {
                 return refuse(Fault::Overloaded).map(|body| Answer::new(body, NO_PLACES, active));
             }
-            place => place.and_then(Result::ok),
-        };
+        }
+        if !goes_on {
+            // One that its client does not read is found by its connection.
+            active.is_answered();
+        }
         let limit = Instant::now() + self.deadline;
         let late = |_| refuse(Fault::Deadline);
-        if path.starts_with(HEALTH) {
+        if is_health {
             // It ends its streams itself, with a last word.
             let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(late);
             return response.map(|body| Answer::new(body, [None, place], active));
         }
-        // These would go on for as long as a client likes. One that does not read its answers is found by its connection.
-        active.is_answered();
+        // Streams of reflection would go on for as long as a client likes.
         let end = || self.shutdown.clone().cancelled_owned();
-        let request = request.map(|body| Asking::until(end(), body));
+        let request = request.map(|body| Asking::until(end(), self.deadline / 2, body));
         let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(late);
         response.map(|body| Answer::new(body, [None, place], active).ended(end(), self.deadline / 2))
     }

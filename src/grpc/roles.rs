@@ -175,15 +175,16 @@ impl RoleCacheService for RoleService {
         let mailbox = convert::mailbox_id("mailbox_id", request.mailbox_id)?;
         let creator = convert::user_id("creator_id", request.creator_id)?;
         let op = Op::Register { mailbox, creator };
-        self.write(Method::RegisterMailbox, &asker, Grant::Any, None, op).await?;
-        // No change of a role, so that nothing else tells who said whose it is.
+        // It is no change of a role, so that nothing else tells who said whose it is. Before the write, which goes on where its
+        // caller does not wait.
         tracing::info!(
             target: "rolecache::audit",
             mailbox_id = mailbox.0,
             creator_id = creator.0,
             actor = &*asker.caller.name,
-            "mailbox registered"
+            "mailbox to be registered"
         );
+        self.write(Method::RegisterMailbox, &asker, Grant::Any, None, op).await?;
         Ok(Response::new(v1::RegisterMailboxResponse {}))
     }
 

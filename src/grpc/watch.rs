@@ -85,10 +85,11 @@ pub(super) async fn open(
     let kinds = convert::change_kinds("kinds", &request.kinds)?;
     let filter = Filter { users, roles, kinds };
     let interval = convert::heartbeat_interval(request.heartbeat_interval)?;
-    let place = caller.begin_watch().ok_or(Fault::TooManyWatches)?;
+    let filtered = (filter.users.len() + filter.roles.len()) as u32;
+    let places = caller.begin_watch(filtered).ok_or(Fault::TooManyWatches)?;
     let open = core.watches.enter()?;
     let start = start(&core, &request.after, request.initial_snapshot).await?;
-    let watch = Watch { core, caller, filter, interval, deadline, _open: open, _place: place };
+    let watch = Watch { core, caller, filter, interval, deadline, _open: open, _places: places };
     Ok(caught(watch.run(start)))
 }
 
@@ -131,7 +132,7 @@ struct Watch {
     deadline: Option<Instant>,
     _open: Open,
     /// Among its caller's own.
-    _place: OwnedSemaphorePermit,
+    _places: [OwnedSemaphorePermit; 2],
 }
 
 impl Watch {

@@ -85,6 +85,9 @@ pub enum WriteError {
     /// It was sent, and the answer was lost: it may have happened.
     #[error("the connection broke before the store confirmed: {0}")]
     OutcomeUnknown(Cause),
+    /// An earlier attempt with the same request id was written; what it did is trimmed.
+    #[error("the commit of the earlier attempt is not in the log any more")]
+    Forgotten,
     #[error("the store is broken: {0}")]
     Broken(Cause),
 }

@@ -89,7 +89,7 @@ async fn each_change_leaves_an_audit_line(db: Db) {
         .filter(|line| line["target"] == "rolecache::audit")
         .collect();
     let (mailboxes, audit): (Vec<Value>, Vec<Value>) =
-        audit.into_iter().partition(|line| line["message"] == "mailbox registered");
+        audit.into_iter().partition(|line| line["message"] == "mailbox to be registered");
     let told: Vec<String> = mailboxes
         .iter()
         .map(|line| format!("{} {} {}", line["mailbox_id"], line["creator_id"], line["actor"]))

@@ -217,13 +217,11 @@ pub fn answers_follow(reads: &[Read], [before, after]: [&Log; 2], stops: Duratio
             *first = (*first).min(read.ended);
         }
     }
-    let mut found = Vec::new();
+    let old = answers.iter().filter(|(read, answer)| answer.revision < read.min_revision);
+    let mut found: Vec<String> = old.map(|(read, _)| format!("older than asked for: {read:?}")).collect();
     for (read, answer) in answers.iter().filter(|(read, answer)| !is_of(after, read.user, answer)) {
         if !is_of(before, read.user, answer) {
             found.push(format!("true in neither history: {read:?}"));
-        }
-        if answer.revision < read.min_revision {
-            found.push(format!("older than asked for: {read:?}"));
         }
         if !answer.stale && read.begun >= stops + STALENESS {
             found.push(format!("of the lost history, and told as the truth: {read:?}"));

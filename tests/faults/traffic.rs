@@ -354,7 +354,8 @@ async fn watch(mut caller: Caller, stop: CancellationToken) {
         // Without a deadline: it goes on as long as it goes on.
         let opened = tokio::select! {
             () = stop.cancelled() => return,
-            opened = timeout(Duration::from_secs(3), client.watch_role_changes(request)) => opened,
+            // Where its store is silent it takes that long to be told so.
+            opened = timeout(Duration::from_secs(9), client.watch_role_changes(request)) => opened,
         };
         let mut stream = match opened {
             Ok(Ok(stream)) => stream.into_inner(),

@@ -227,14 +227,14 @@ async fn many_who_say_little_of_tls() {
     }
 }
 
-/// More clients than the process may have files.
+/// More clients than the process has files for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn out_of_file_descriptors() {
     let db = Db::sqlite();
     let start = Start { url: &db.url(), files: Some(256), ..Start::default() };
     let server = start.spawn().ready().await;
     let address = server.address;
-    assert!(server.logged("as many connections as leave files for everything else: 156"));
+    assert!(server.logged("as many connections as leave files for everything else: 56"));
     let attack = async {
         let mut sockets = Vec::new();
         for _ in 0..2_000 {
@@ -254,7 +254,7 @@ async fn out_of_file_descriptors() {
     tokio::time::sleep(Duration::from_secs(2)).await;
     let spent = server.processor_time() - before;
     goes_on("256 files", &neighbour, &format!("{clients} clients, {spent:.0?} of processor time in 2 s"));
-    assert!(clients > 256, "{clients}");
+    assert!(clients > 56, "{clients}: all of them are in");
     assert!(spent < Duration::from_secs(1), "it spins: {spent:?} in 2 s");
     // Who is in is served, from the store too.
     let mut client = server.client.clone();

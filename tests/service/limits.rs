@@ -274,6 +274,27 @@ async fn calls_in_flight_of_each_caller() {
     eager.clone().get_role(get(4)).await.expect("its places are free");
 }
 
+/// Filters are held as long as their watches are open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn users_in_the_filters_of_each_caller() {
+    let house = House::new();
+    house.admit(&[token("a", "1", "watch"), token("b", "2", "watch")]);
+    let db = Db::sqlite();
+    let server = house.closed(Setup::new(&db)).serve().await;
+    let (mut a, mut b) = (plain(server.address, Some("1")).await, plain(server.address, Some("2")).await);
+    let request = |first: i64| WatchRoleChangesRequest { user_ids: (first..first + 10_000).collect(), ..every(SELDOM) };
+    let mut open = Vec::new();
+    for turn in 0..100 {
+        open.push(a.watch_role_changes(request(1 + turn * 10_000)).await.expect("a million users"));
+    }
+    refused_for_now(a.watch_role_changes(request(1)).await.map(drop), Code::ResourceExhausted, "TOO_MANY_WATCHES");
+    a.watch_role_changes(every(SELDOM)).await.expect("one without a filter");
+    b.watch_role_changes(request(1)).await.expect("another caller");
+    open.pop();
+    let free = async { while a.watch_role_changes(request(1)).await.is_err() {} };
+    timeout(PATIENCE, free).await.expect("their places are free");
+}
+
 /// Who leaves theirs unread keeps a turn for some seconds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn snapshots_of_each_caller() {

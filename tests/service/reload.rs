@@ -50,7 +50,8 @@ async fn a_hundred_rotations_under_load_cost_no_call() {
     let house = Arc::new(House::new());
     let callers = |n: usize| -> Vec<Credential> {
         let secret = |n: usize| format!("secret-{n}");
-        let mut callers = vec![token("bot", &secret(n), "read watch"), certificate("workload", "bot.test", "read")];
+        let mut callers =
+            vec![token("bot", &secret(n), "read watch"), certificate("workload", "bot.test", "read watch")];
         // A call that has begun may take a rotation's time.
         callers.extend((n.saturating_sub(2)..n).map(|before| token("bot", &secret(before), "read watch")));
         callers
@@ -83,7 +84,9 @@ async fn a_hundred_rotations_under_load_cost_no_call() {
             }
         });
     }
-    let mut watch = None;
+    // And one watches all the while.
+    let mut watching = rpc(house.connect(address, Some(&client)).await.unwrap(), None);
+    let mut watch = watching.watch_role_changes(every(Duration::from_millis(100))).await.unwrap().into_inner();
     for n in 1..=ROTATIONS {
         let shown = house.certify();
         house.write("clients.pem", &(Ca::new(&format!("clients-{n}")).pem + &house.clients.pem));
@@ -101,15 +104,12 @@ async fn a_hundred_rotations_under_load_cost_no_call() {
             }
         };
         timeout(PATIENCE, went_on).await.expect("the load goes on");
-        if n == ROTATIONS {
-            watch = Some(rpc.watch_role_changes(every(Duration::from_millis(100))).await.expect("the last token"));
-        }
+        let told = timeout(PATIENCE, watch.message()).await.expect("a heartbeat in time");
+        assert!(told.expect("the watch goes on").is_some());
     }
     stop.cancel();
     load.close();
     timeout(PATIENCE, load.wait()).await.expect("the load ends");
-    let mut watch = watch.unwrap().into_inner();
-    assert!(timeout(PATIENCE, watch.message()).await.unwrap().unwrap().is_some());
     println!("rotations: {ROTATIONS}, beside {} calls, none failed", calls.load(Ordering::SeqCst));
     drop(watch);
     server.stop().await.expect("no task of the load or of the server broke");
@@ -151,7 +151,10 @@ async fn a_revoked_callers_watch_ends_though_nobody_reads_it() {
     let house = House::new();
     house.admit(&[token("goes", "goes", "watch"), token("stays", "stays", "stats")]);
     let db = Db::sqlite();
-    let server = house.closed(Setup::new(&db)).serve().await;
+    let mut setup = house.closed(Setup::new(&db));
+    // As `serve` has it.
+    setup.doors.reread = Duration::from_millis(500);
+    let server = setup.serve().await;
     let stream = TcpStream::connect(server.address).await.unwrap();
     let (mut sender, connection) = client::Builder::new().initial_window_size(0).handshake(stream).await.unwrap();
     let connection = tokio::spawn(connection);
@@ -161,7 +164,7 @@ async fn a_revoked_callers_watch_ends_though_nobody_reads_it() {
     let mut stats = plain(server.address, Some("stays")).await;
     assert_eq!(stats.stats(StatsRequest {}).await.unwrap().into_inner().event_handlers, 1);
     house.admit(&[token("stays", "stays", "stats")]);
-    let _ = timeout(PATIENCE, connection).await.expect("its connection is cut");
+    let _ = timeout(REVOKED_WITHIN, connection).await.expect("its connection is cut");
     let gone = async { while stats.stats(StatsRequest {}).await.unwrap().into_inner().event_handlers > 0 {} };
     timeout(PATIENCE, gone).await.expect("its place is free");
 }

@@ -141,9 +141,11 @@ impl Neighbour {
         let before = Times::of(server, 200).await;
         let memory = server.memory("VmRSS");
         let mut during = Vec::new();
+        let mut most = memory;
         tokio::pin!(attack);
         let outcome = loop {
             let begun = Instant::now();
+            most = server.memory("VmRSS").max(most);
             tokio::select! {
                 biased;
                 times = Times::of(server, 1) => during.extend(times.0),
@@ -152,7 +154,7 @@ impl Neighbour {
             }
             assert!(begun.elapsed() < PATIENCE, "a neighbour's call takes {:?}", begun.elapsed());
         };
-        let grown = server.memory("VmRSS") - memory;
+        let grown = server.memory("VmRSS").max(most) - memory;
         let after = Times::of(server, 200).await;
         (Self { before, during: Times(during), after, grown }, outcome)
     }

@@ -1,10 +1,13 @@
 //! Reads while nothing is proven: what may answer them, and what may not any more.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::{
     task::{JoinHandle, yield_now},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::truth::{State, Truth, anchor, commit};
@@ -107,14 +110,56 @@ async fn what_was_in_memory_is_looked_at_again_where_its_proof_ran_out_meanwhile
     truth.states.lock().unwrap().push(State::new());
     cache.apply(&commit(2, [(7, Some("admin"), Some("user"))]));
     stepper.advance(anchor(2));
-    truth.may_arrive.add_permits(1);
-    until(|| {
-        stepper.prove(Moment::now());
-        both.is_finished()
-    })
-    .await;
+    stepper.prove(Moment::now());
+    truth.may_read.add_permits(1);
+    truth.may_arrive.add_permits(2);
+    until(|| both.is_finished()).await;
     let answers = both.await.unwrap().unwrap();
     assert_eq!(answers.roles.iter().map(RoleName::as_str).collect::<Vec<_>>(), ["user", "user"]);
     let stats = cache.stats();
     assert_eq!((stats.hits, stats.misses), (1, 2), "each is counted once");
+}
+
+/// Of a primary that is gone: the one that is followed has others in its place, and went on from what both have.
+#[tokio::test]
+async fn a_role_of_a_commit_that_never_was_is_read_again() {
+    for applied_in_time in [true, false] {
+        let truth = Arc::new(Truth::new());
+        truth.states.lock().unwrap().push(State::from([(7, "admin")]));
+        let (cache, stepper) = unproven(&truth, 1);
+        stepper.prove(Moment::now());
+        truth.states.lock().unwrap().push(State::from([(7, "owner")]));
+        truth.is_another.store(true, Ordering::SeqCst);
+        truth.may_read.add_permits(1);
+        let read = begin_get(&cache, 0);
+        until(|| truth.may_read.available_permits() == 0).await;
+        truth.is_another.store(false, Ordering::SeqCst);
+        truth.states.lock().unwrap().splice(2.., [State::from([(7, "admin")]), State::from([(7, "admin")])]);
+        let go_on = || {
+            cache.apply(&commit(2, [(8, None, Some("user"))]));
+            stepper.advance(anchor(2));
+            stepper.advance(anchor(3));
+        };
+        if applied_in_time {
+            go_on();
+            truth.may_arrive.add_permits(1);
+        } else {
+            // It is answered, though not kept, once the cache is as far.
+            truth.may_arrive.add_permits(1);
+            until(|| cache.stats().store_reads == 1 && truth.may_arrive.available_permits() == 0).await;
+            sleep(Duration::from_millis(1_200)).await;
+            go_on();
+        }
+        truth.may_read.add_permits(1);
+        truth.may_arrive.add_permits(1);
+        until(|| {
+            stepper.find(Moment::now());
+            stepper.prove(Moment::now());
+            read.is_finished()
+        })
+        .await;
+        let answer = read.await.unwrap().unwrap();
+        assert_eq!(answer.role.as_str(), "admin", "in time: {applied_in_time}");
+        assert_eq!(cache.look(UserId(7)).unwrap().as_str(), "admin");
+    }
 }

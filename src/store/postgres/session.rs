@@ -23,6 +23,8 @@ pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(2);
 /// Of the writer, whose callers have waited for their turn before.
 const WRITER_ACQUIRE_LIMIT: Duration = Duration::from_secs(1);
+/// Shorter than they wait for their turn: who comes next is to be told of the lock as well.
+const WRITER_LOCK_LIMIT: &str = "1500ms";
 const MARGIN: Duration = Duration::from_secs(1);
 /// Of a connection's answer whether it is still there; what is left of the limit above is for a new one.
 const PING_LIMIT: Duration = Duration::from_millis(400);
@@ -121,7 +123,9 @@ impl Pools {
             lists: pool(8, TRUSTED_IDLE).connect_lazy_with(log.clone()),
             log: pool(6, TRUSTED_IDLE).connect_lazy_with(log),
             // Asked before each use: a write that finds its connection gone would be one with an unknown outcome.
-            writer: pool(2, Duration::ZERO).acquire_timeout(WRITER_ACQUIRE_LIMIT).connect_lazy_with(usual),
+            writer: pool(2, Duration::ZERO)
+                .acquire_timeout(WRITER_ACQUIRE_LIMIT)
+                .connect_lazy_with(usual.options([("lock_timeout", WRITER_LOCK_LIMIT)])),
             upkeep: pool(2, TRUSTED_IDLE).connect_lazy_with(session(url, UPKEEP_LIMIT)),
         }
     }

@@ -253,10 +253,7 @@ fn results(rows: &[PgRow]) -> Result<HashMap<i64, Record>, Failure> {
 }
 
 fn result(call: &Call, result: Option<&Record>) -> Answer {
-    let Some(result) = result else {
-        let cause = Failure::shape("the commit is not in the log any more");
-        return Err(WriteError::OutcomeUnknown(cause.cause()));
-    };
+    let result = result.ok_or(WriteError::Forgotten)?;
     Ok(Written { revision: result.revision, at: result.at, changes: result.changes.clone() }.of(call))
 }
 

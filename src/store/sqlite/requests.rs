@@ -1,6 +1,6 @@
 //! Calls with a request id: the second one gets the answer of the first.
 
-use std::{io, sync::Arc, time::SystemTime};
+use std::time::SystemTime;
 
 use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
 
@@ -66,9 +66,7 @@ impl Batch<'_> {
             .fetch_all(&mut *self.connection)
             .await?;
         if found.len() as i64 != before.size {
-            return Ok(Err(WriteError::OutcomeUnknown(Arc::new(io::Error::other(
-                "its commit is not in the log any more",
-            )))));
+            return Ok(Err(WriteError::Forgotten));
         }
         let change = |(index, row): (u64, &SqliteRow)| Ok(Change { index, ..rows::change(row, 0)?.change });
         let changes =

@@ -136,6 +136,7 @@ fn lost_histories() -> Vec<String> {
         ("", vec![read(2, 1_500, "admin"), stale(read(2, 2_500, "admin")), read(2, 2_600, "user")]),
         ("told as the truth", vec![read(2, 2_050, "admin")]),
         ("after the new one", vec![read(2, 100, "user"), stale(read(2, 200, "admin"))]),
+        ("older than asked for", vec![Read { min_revision: 2, ..read(1, 2_600, "moderator") }]),
         ("true in neither", vec![read(2, 100, "owner")]),
     ];
     let mut wrong = Vec::new();

@@ -46,24 +46,26 @@ async fn run(mut rounds: Rounds) -> Outcome {
     outcome.proves_nothing(traffic.run_up(200).await.err());
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut writes = JoinSet::new();
-    for _ in 0..rounds.count {
-        let (cluster, history, turns) = (cluster.clone(), traffic.history.clone(), turns.clone());
-        let random = rounds.random.fork();
-        writes.spawn(async move {
-            let _turn = turns.acquire().await.unwrap();
-            several_at_once(&cluster, &history, random).await
-        });
-    }
     let (mut copies, mut reused) = (0, 0);
-    while let Some(ended) = writes.join_next().await {
-        let one = ended.expect("a writer does not panic");
-        match one.together {
-            true => outcome.fired += 1,
-            false => outcome.weak.push("no two of the copies were on their way at once".into()),
+    while outcome.next_of(rounds.count).is_some() {
+        for _ in outcome.fired..rounds.count {
+            let (cluster, history, turns) = (cluster.clone(), traffic.history.clone(), turns.clone());
+            let random = rounds.random.fork();
+            writes.spawn(async move {
+                let _turn = turns.acquire().await.unwrap();
+                several_at_once(&cluster, &history, random).await
+            });
         }
-        copies += one.copies;
-        reused += one.reused;
-        outcome.violated(one.found);
+        while let Some(ended) = writes.join_next().await {
+            let one = ended.expect("a writer does not panic");
+            match one.together {
+                true => outcome.fired += 1,
+                false => outcome.weak.push("no two of the copies were on their way at once".into()),
+            }
+            copies += one.copies;
+            reused += one.reused;
+            outcome.violated(one.found);
+        }
     }
     traffic.settle(&mut outcome).await;
     outcome.figure("copies", copies);

@@ -84,7 +84,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
         outcome.violated(checker::watches_are_the_log(&watcher.seen, &log));
         match watcher.seen.opened {
             1 => outcome.fired += 1,
-            _ => outcome.weak.push(format!("its stream had ended: {:?}", watcher.seen.ends)),
+            _ => outcome.violated([format!("its stream had ended: {:?}", watcher.seen.ends)]),
         }
     }
     outcome.figure("commit to message, p99", format!("{calm:.1?} without, {crowded:.1?} beside them"));

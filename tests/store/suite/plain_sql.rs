@@ -137,7 +137,8 @@ pub async fn columns_of_any_name_are_not_taken_for_ours<F: Fixture>() {
     let database = F::fresh().await;
     database.sql(
         "create table users (id integer primary key, user_id bigint not null unique, role text, username text,
-           ids int, held int, admin_role text default 'a', default_role text default 'd', cid int, last text, k int, u int)",
+           ids int, held int, admin_role text default 'a', default_role text default 'd', cid int, last text, k int, u int,
+           upd_ids int, upd_roles int, upd_names int, inserted int, i int, s int)",
     );
     let store = database.open().await;
     // Whose id is somebody else's user_id, and whose is their own.
