@@ -3,11 +3,13 @@
 //! The tailer alone holds the [`Stepper`] and moves it; cache, feed, writer and grpc hold a [`Step`] and read it or wait
 //! for it. Within one history `applied` never goes back.
 
+mod moment;
+mod recent;
+
 use std::{
     cmp,
-    collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -16,14 +18,13 @@ use std::{
 use tokio::sync::{Notify, futures::Notified, watch};
 use uuid::Uuid;
 
+pub use self::moment::Moment;
+use self::recent::Recent;
 use crate::{
     failpoint,
     role::{Anchor, Revision, Tag},
     sync,
 };
-
-/// Commits whose tags are kept: more than one page of the log can have, which is applied without a pause.
-const RECENT: usize = 16_384;
 
 /// How long a proof lets the cache answer as truth.
 pub const PROOF_HOLDS: Duration = Duration::from_secs(2);
@@ -72,10 +73,6 @@ pub struct Standing {
 #[error("the store's history changed")]
 pub struct HistoryEnded;
 
-/// A moment on a clock that runs through suspend.
-#[derive(Clone, Copy, Debug)]
-pub struct Moment(u64);
-
 struct Shared {
     applied: AtomicI64,
     history: AtomicU64,
@@ -86,8 +83,7 @@ struct Shared {
     /// The newest revision that any read of the log has shown.
     store_head: AtomicI64,
     place: watch::Sender<Place>,
-    /// What was applied last of this history, in order.
-    recent: Mutex<VecDeque<Anchor>>,
+    recent: Recent,
     feed: watch::Sender<FeedState>,
     proven: Notify,
     nudge: Notify,
@@ -104,47 +100,12 @@ pub fn start() -> (Stepper, Step) {
         found: AtomicU64::new(0),
         store_head: AtomicI64::new(0),
         place: watch::Sender::new(place),
-        recent: Mutex::default(),
+        recent: Recent::default(),
         feed: watch::Sender::new(FeedState::Disconnected),
         proven: Notify::new(),
         nudge: Notify::new(),
     });
     (Stepper(shared.clone()), Step(shared))
-}
-
-// === impl Moment ===
-
-impl Moment {
-    pub fn now() -> Self {
-        #[cfg(feature = "failpoints")]
-        if let Some(shift) = failpoint::told!("bug::wall_clock") {
-            return Self::on_the_wall(&shift);
-        }
-        #[cfg(target_os = "linux")]
-        let clock = rustix::time::ClockId::Boottime;
-        #[cfg(not(target_os = "linux"))]
-        let clock = rustix::time::ClockId::Monotonic;
-        let time = rustix::time::clock_gettime(clock);
-        // Both are not negative on a clock that starts at boot.
-        Self(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
-    }
-
-    /// A bug for tests: a clock that can be set, here by so many seconds.
-    #[cfg(feature = "failpoints")]
-    fn on_the_wall(shift: &str) -> Self {
-        let time = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        let shift = shift.parse::<i64>().unwrap_or(0) * 1_000_000_000;
-        Self((time.as_nanos() as u64).saturating_add_signed(shift))
-    }
-
-    #[cfg(test)]
-    pub(crate) fn before(self, age: Duration) -> Self {
-        Self(self.0 - age.as_nanos() as u64)
-    }
-
-    fn elapsed(self) -> Duration {
-        Duration::from_nanos(Self::now().0.saturating_sub(self.0))
-    }
 }
 
 // === impl Standing ===
@@ -204,9 +165,7 @@ impl Step {
     /// Whether what is followed has this very commit: a store that has gone back in time gives the same numbers again. None
     /// where it is not applied yet, or too long ago.
     pub fn has(&self, seen: Anchor) -> Option<bool> {
-        let recent = self.0.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = recent.binary_search_by_key(&seen.revision, |anchor| anchor.revision).ok()?;
-        Some(recent[at] == seen)
+        self.0.recent.has(seen)
     }
 
     pub fn feed(&self) -> FeedState {
@@ -325,7 +284,7 @@ impl Stepper {
     pub fn follow_from(&self, anchor: Anchor) {
         self.0.store_head.store(anchor.revision.0, Ordering::SeqCst);
         let history = History(self.0.history.load(Ordering::SeqCst));
-        *self.recent() = VecDeque::from([anchor]);
+        self.0.recent.begin(anchor);
         // Under the lock of the place: who has seen the one and then looks at the other must not see it go back.
         self.0.place.send_modify(|place| {
             self.0.applied.store(anchor.revision.0, Ordering::SeqCst);
@@ -337,20 +296,11 @@ impl Stepper {
     pub fn advance(&self, anchor: Anchor) {
         let before = self.0.applied.load(Ordering::SeqCst);
         assert!(before < anchor.revision.0, "applied goes from {before} to {}", anchor.revision);
-        let mut recent = self.recent();
-        if recent.len() == RECENT {
-            recent.pop_front();
-        }
-        recent.push_back(anchor);
-        drop(recent);
+        self.0.recent.push(anchor);
         self.0.place.send_modify(|place| {
             self.0.applied.store(anchor.revision.0, Ordering::SeqCst);
             place.applied = anchor;
         });
-    }
-
-    fn recent(&self) -> MutexGuard<'_, VecDeque<Anchor>> {
-        self.0.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn saw_head(&self, head: Revision) {
