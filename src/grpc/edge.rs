@@ -95,14 +95,13 @@ impl Edge {
         let path = request.uri().path();
         let is_health = path.starts_with(HEALTH);
         let goes_on = path == HEALTH_WATCH;
-        let places = [(&self.health_watches, goes_on), (&self.reflections, path.starts_with(REFLECTION))];
-        let mut place = None;
-        for (places, _) in places.into_iter().filter(|(_, is_asked_for)| *is_asked_for) {
-            place = places.clone().try_acquire_owned().ok();
-            if place.is_none() {
-                return refuse(Fault::Overloaded).map(|body| Answer::new(body, NO_PLACES, active));
-            }
-        }
+        let places = match path.starts_with(REFLECTION) {
+            true => Some(&self.reflections),
+            false => Some(&self.health_watches).filter(|_| goes_on),
+        };
+        let Ok(place) = places.map(|places| places.clone().try_acquire_owned()).transpose() else {
+            return refuse(Fault::Overloaded).map(|body| Answer::new(body, NO_PLACES, active));
+        };
         if !goes_on {
             // One that its client does not read is found by its connection.
             active.is_answered();
