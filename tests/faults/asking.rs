@@ -37,14 +37,12 @@ impl<'a> Attempt<'a> {
     pub fn begin(cluster: &Cluster, history: &'a History, replica: usize, request: &SetRoleRequest) -> Self {
         let now = history.now();
         let write = Write {
-            id: request.request_id.clone(),
-            user: request.user_id,
-            role: request.role.clone(),
             expected: request.expected_role.clone(),
             process: cluster.replicas[replica].process(),
             begun: now,
             ended: now,
             told: Told::Unknown(GONE.into()),
+            ..Write::of(&request.request_id, request.user_id, &request.role)
         };
         Self { history, write }
     }

@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    history::{Answer, End, History, MISMATCH, Process, Read, Seen, Told, Write},
-    log::Log,
-    traffic::NO_REASON,
+    history::{Answer, End, Giver, History, MISMATCH, NO_ADMIN, Process, Read, Seen, Snapshot, Told, Write},
+    log::{DEFAULT, Entry, Log},
+    traffic::{NO_REASON, ROLES},
 };
 
 /// How old an answer may be that is not marked stale: the promise of bounded staleness.
@@ -26,6 +26,8 @@ struct Horizon {
 pub struct Excuses {
     /// Reasons of the contract that what is broken here brings about.
     pub reasons: &'static [&'static str],
+    /// When nothing was broken: what began and ended within one has no excuse but an outage.
+    pub calms: Vec<(Duration, Duration)>,
     /// When each replica did not run, or was not ready yet, by its number: then, and only then, a connection may break or
     /// time out. A server that is not ready has no store yet.
     pub outages: HashMap<usize, Vec<(Duration, Duration)>>,
@@ -57,6 +59,7 @@ pub fn all(history: &History, log: &Log, excuses: &Excuses) -> Vec<String> {
     found.extend(reads_are_true(&reads, &writes, log));
     found.extend(revisions_never_go_back(&reads, &writes));
     found.extend(seen.iter().flat_map(|seen| watches_are_the_log(seen, log)));
+    found.extend(seen.iter().flat_map(|seen| watches_begin_well(seen, log)));
     found.extend(watches_stay_open(&history.ends.lock().unwrap(), excuses));
     found
 }
@@ -76,8 +79,10 @@ pub fn watches_stay_open(ends: &[End], excuses: &Excuses) -> Vec<String> {
 pub fn failures_have_reasons(writes: &[Write], reads: &[Read], excuses: &Excuses) -> Vec<String> {
     let mut found = Vec::new();
     for write in writes {
-        let (Told::Unknown(what) | Told::Refused(what)) = &write.told else { continue };
-        let is_asked_for = what == GONE || (what == MISMATCH && write.expected.is_some());
+        let (Told::Unknown(what) | Told::Refused(what) | Told::Declined(what)) = &write.told else { continue };
+        let is_asked_for = what == GONE
+            || (what == MISMATCH && write.expected.is_some())
+            || (what == NO_ADMIN && write.giver.is_some());
         if !is_asked_for && !excuses.cover(what, write.process, [write.begun, write.ended]) {
             found.push(format!("a write was told {what}: {write:?}"));
         }
@@ -112,7 +117,8 @@ pub fn writes_are_durable_and_single(writes: &[Write], log: &Log) -> Vec<String>
     }
     for (id, attempts) in &attempts {
         let entries = logged.remove(id).unwrap_or_default();
-        if entries.len() > 1 {
+        let is_split = entries.iter().any(|entry| entry.revision != entries[0].revision);
+        if is_split || entries.len() > attempts[0].changes() {
             found.push(format!("doubled: {id} is in the log {} times: {entries:?}", entries.len()));
         }
         let mut answers = attempts.iter().filter(|write| matches!(write.told, Told::Done { .. }));
@@ -124,9 +130,9 @@ pub fn writes_are_durable_and_single(writes: &[Write], log: &Log) -> Vec<String>
         }
         match first.map(|write| (write, &write.told)) {
             Some((write, Told::Done { revision, changed: true })) => {
-                let is_it = |entry: &&super::log::Entry| {
-                    entry.revision == *revision && entry.user == write.user && entry.new == write.role
-                };
+                let is_it =
+                    |entry: &&Entry| entry.revision == *revision && entry.user == write.user && entry.new == write.role;
+                found.extend(write.giver.and_then(|giver| gave(giver, *revision, &entries, log)));
                 match entries.first().filter(|entry| is_it(entry)) {
                     None => found.push(format!("lost: {write:?} was acknowledged, the log has {entries:?}")),
                     Some(entry) if !write.expects(&entry.old) => {
@@ -140,7 +146,7 @@ pub fn writes_are_durable_and_single(writes: &[Write], log: &Log) -> Vec<String>
                     found.push(format!("{id} was said to change nothing, and did: {entries:?}"));
                 } else if !write.expects(&write.role) {
                     found.push(format!("a no-op though another role was expected: {write:?}"));
-                } else if !log.had(write.user, &write.role, *revision, horizon.at(write.ended)) {
+                } else if !log.had(write.user, role_of(&write.role), *revision, horizon.at(write.ended)) {
                     found.push(format!("a no-op that was none: {write:?}"));
                 }
             }
@@ -154,6 +160,20 @@ pub fn writes_are_durable_and_single(writes: &[Write], log: &Log) -> Vec<String>
     }
     found.extend(logged.into_values().map(|entries| format!("nobody asked for {entries:?}")));
     found
+}
+
+/// The second half of a transfer: who gave was an admin, and is none afterwards where that was asked for.
+fn gave(giver: Giver, revision: i64, entries: &[&Entry], log: &Log) -> Option<String> {
+    let admin = ROLES[1];
+    let gives = |entry: &&Entry| (entry.user, entry.old.as_str(), entry.new.as_str()) == (giver.user, admin, DEFAULT);
+    let is_told = !giver.demoted || entries.get(1).is_some_and(gives);
+    let was_admin = log.had(giver.user, admin, revision - 1, revision - 1);
+    (!is_told || !was_admin).then(|| format!("half a transfer, or from no admin: {giver:?}: {entries:?}"))
+}
+
+/// What a user has who was given this.
+fn role_of(given: &str) -> &str {
+    if given.is_empty() { DEFAULT } else { given }
 }
 
 /// *No invented rights*, *at least as fresh*, *bounded staleness*: every answer is a role that the user had at the answer's
@@ -306,6 +326,21 @@ pub fn watches_are_the_log(seen: &Seen, log: &Log) -> Vec<String> {
     found
 }
 
+/// A watch that began with a snapshot was given what the log leads to, and no watch begins a second time.
+pub fn watches_begin_well(seen: &Seen, log: &Log) -> Vec<String> {
+    let mut found = Vec::new();
+    if let Some(Snapshot { revision, users }) = &seen.snapshot {
+        let mut told = users.clone();
+        told.sort();
+        let due = log.roles_at(*revision);
+        if *revision != seen.from || told != due {
+            found.push(format!("a snapshot at {revision} has {told:?} instead of {due:?}"));
+        }
+    }
+    found.extend(seen.started_over.iter().map(|revision| format!("a watch started over at {revision}")));
+    found
+}
+
 /// A watch has to have seen all of it in the end.
 pub fn watches_are_complete(seen: &[Seen], log: &Log) -> Vec<String> {
     let head = log.head();
@@ -324,7 +359,7 @@ pub fn watches_are_complete(seen: &[Seen], log: &Log) -> Vec<String> {
 
 /// *Prefix*, in the end: what a replica answers from its cache is what the table holds.
 pub fn cache_equals_table(replica: usize, answers: &[(i64, String)], log: &Log) -> Vec<String> {
-    let held = |user: &i64| log.table.get(user).map_or(super::log::DEFAULT, String::as_str);
+    let held = |user: &i64| log.table.get(user).map_or(DEFAULT, String::as_str);
     answers
         .iter()
         .filter(|(user, role)| held(user) != role)
@@ -355,7 +390,9 @@ pub fn changes_come_in_time(
 
 impl Excuses {
     fn cover(&self, what: &str, process: Process, during: [Duration; 2]) -> bool {
-        self.reasons.contains(&what) || self.is_of_an_outage(what, process, during)
+        let [begun, ended] = during;
+        let is_calm = self.calms.iter().any(|(from, to)| *from <= begun && ended <= *to);
+        (self.reasons.contains(&what) && !is_calm) || self.is_of_an_outage(what, process, during)
     }
 
     fn is_of_an_outage(&self, what: &str, process: Process, [begun, ended]: [Duration; 2]) -> bool {

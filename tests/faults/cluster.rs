@@ -47,8 +47,8 @@ pub struct Replica {
     pub proxy: Option<Proxy>,
     port: u16,
     life: Mutex<Life>,
-    /// What self-checks found in earlier lives.
-    mismatches: Mutex<Vec<String>>,
+    /// What self-checks logged in earlier lives.
+    checks: Mutex<Vec<String>>,
     /// From when to when it did not run, or was to end at any moment.
     outages: Mutex<Vec<(std::time::Instant, Option<std::time::Instant>)>>,
 }
@@ -72,12 +72,18 @@ pub struct Plan<'a> {
     pub proxied: bool,
 }
 
-/// For two replicas: one keeps few users, the other all. Each compares its cache with the store every second.
-pub const MIXED: &[&[&str]] =
-    &[&["--cache-capacity", "20", "--self-check", "1s"], &["--cache", "complete", "--self-check", "1s"]];
+/// For two replicas: one keeps few users, the other all. Each compares its cache with the store every second, and says so.
+pub const MIXED: &[&[&str]] = &[
+    &["--cache-capacity", "20", "--self-check", "1s", "--log-level", COMPARISONS_TOLD],
+    &["--cache", "complete", "--self-check", "1s", "--log-level", COMPARISONS_TOLD],
+];
+const COMPARISONS_TOLD: &str = "info,rolecache::cache::check=debug,rolecache::audit=off";
 
 /// What a server logs where its self-check finds something.
 const MISMATCH: &str = "the cache has another role than the store";
+
+/// What it logs at the end of each.
+const COMPARED: &str = "the cache was compared with the store";
 
 /// A PostgreSQL of its own, to be broken.
 pub async fn postgres() -> (Postgres, String) {
@@ -86,8 +92,8 @@ pub async fn postgres() -> (Postgres, String) {
     (postgres, url)
 }
 
-fn mismatches(server: &ChildServer) -> Vec<String> {
-    server.log().into_iter().filter(|line| line.contains(MISMATCH)).collect()
+fn checks(server: &ChildServer) -> Vec<String> {
+    server.log().into_iter().filter(|line| [MISMATCH, COMPARED].iter().any(|told| line.contains(told))).collect()
 }
 
 // === impl Cluster ===
@@ -122,7 +128,7 @@ impl Cluster {
                 // Free at this moment, and nobody else is told of it.
                 port: TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port(),
                 life: Mutex::default(),
-                mismatches: Mutex::default(),
+                checks: Mutex::default(),
                 outages: Mutex::default(),
             });
         }
@@ -141,9 +147,18 @@ impl Cluster {
 
     /// What replicas found wrong with their caches by themselves.
     pub fn mismatches(&self) -> Vec<String> {
+        self.checks().into_iter().filter(|line| line.contains(MISMATCH)).collect()
+    }
+
+    /// How often they looked, of those that say so.
+    pub fn comparisons(&self) -> usize {
+        self.checks().iter().filter(|line| line.contains(COMPARED)).count()
+    }
+
+    fn checks(&self) -> Vec<String> {
         let of = |replica: &Replica| {
-            let now = replica.life.lock().unwrap().server.as_ref().map(mismatches);
-            let lines = [std::mem::take(&mut *replica.mismatches.lock().unwrap()), now.unwrap_or_default()].concat();
+            let now = replica.life.lock().unwrap().server.as_ref().map(checks);
+            let lines = [replica.checks.lock().unwrap().clone(), now.unwrap_or_default()].concat();
             lines.into_iter().map(|line| format!("replica {}: {line}", replica.number)).collect::<Vec<_>>()
         };
         self.replicas.iter().flat_map(of).collect()
@@ -251,7 +266,7 @@ impl Replica {
     pub fn kill(&self) {
         self.goes_away();
         let server = self.life.lock().unwrap().server.take().expect("it runs");
-        self.mismatches.lock().unwrap().extend(mismatches(&server));
+        self.checks.lock().unwrap().extend(checks(&server));
         server.kill();
     }
 
@@ -283,7 +298,7 @@ impl Replica {
                 let server = life.server.as_mut().expect("it ran");
                 if server.has_ended().is_some() {
                     let server = life.server.take().expect("it ran");
-                    self.mismatches.lock().unwrap().extend(mismatches(&server));
+                    self.checks.lock().unwrap().extend(checks(&server));
                     return Some(server.log());
                 }
             }

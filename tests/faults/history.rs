@@ -14,6 +14,12 @@ use rolecache::proto::v1::{Commit, GetRoleResponse, Source};
 /// What is told to a write that expected another role.
 pub const MISMATCH: &str = "ROLE_MISMATCH";
 
+/// What is told to a transfer from one who is no admin.
+pub const NO_ADMIN: &str = "NOT_AN_ADMIN";
+
+/// Reasons that are answers: what is in the store is not what the write is for.
+pub const DECLINES: [&str; 2] = [MISMATCH, NO_ADMIN];
+
 /// Which server process: a replica's number and how often it was started before.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Process {
@@ -26,13 +32,24 @@ pub struct Process {
 pub struct Write {
     pub id: String,
     pub user: i64,
+    /// Empty where the user is deleted.
     pub role: String,
     /// The role that it is only to take the place of.
     pub expected: Option<String>,
+    /// Of a transfer.
+    pub giver: Option<Giver>,
     pub process: Process,
     pub begun: Duration,
     pub ended: Duration,
     pub told: Told,
+}
+
+/// The admin whom a transfer comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct Giver {
+    pub user: i64,
+    /// Who is none any more afterwards.
+    pub demoted: bool,
 }
 
 /// What a writer was told.
@@ -42,6 +59,8 @@ pub enum Told {
         revision: i64,
         changed: bool,
     },
+    /// Nothing was changed, for what is in the store is not what it is for: its reason.
+    Declined(String),
     /// Nothing was changed, the server says: its reason.
     Refused(String),
     /// Nobody knows.
@@ -67,6 +86,26 @@ pub struct Answer {
 }
 
 impl Write {
+    /// One that has not begun.
+    pub fn of(id: &str, user: i64, role: &str) -> Self {
+        Self {
+            id: id.to_owned(),
+            user,
+            role: role.to_owned(),
+            expected: None,
+            giver: None,
+            process: Process { replica: 0, start: 0 },
+            begun: Duration::ZERO,
+            ended: Duration::ZERO,
+            told: Told::Unknown(String::new()),
+        }
+    }
+
+    /// How many changes the log may have of it.
+    pub fn changes(&self) -> usize {
+        1 + usize::from(self.giver.is_some_and(|giver| giver.demoted))
+    }
+
     /// Whether it may take the place of this role; empty for none.
     pub fn expects(&self, old: &str) -> bool {
         let old = if old.is_empty() { DEFAULT } else { old };
@@ -87,12 +126,23 @@ pub struct Seen {
     /// Where it began: everything after this is due.
     pub from: i64,
     pub commits: Vec<(Duration, Commit)>,
+    /// What it began with, where it asked for that.
+    pub snapshot: Option<Snapshot>,
+    /// Where a stream did not go on from the token of the one before.
+    pub started_over: Vec<i64>,
     /// A heartbeat's revision, and how many commits had come before it.
     pub heartbeats: Vec<(i64, usize)>,
     /// How often it had to open a stream.
     pub opened: usize,
     /// Reasons with which streams ended, of a watcher that is led by the hand.
     pub ends: Vec<String>,
+}
+
+/// All users with a role other than the default, at a revision.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    pub revision: i64,
+    pub users: Vec<(i64, String)>,
 }
 
 /// A stream of a watcher that was refused, or that ended.
@@ -161,18 +211,22 @@ impl History {
         if let Told::Done { revision, .. } = write.told {
             self.told_of(revision);
         }
-        let is_answer = matches!(&write.told, Told::Done { .. }) || write.told == Told::Refused(MISMATCH.into());
+        let is_answer = matches!(&write.told, Told::Done { .. } | Told::Declined(_));
         self.succeeded.fetch_add(is_answer.into(), Ordering::Relaxed);
         self.writes.lock().unwrap().push(write);
     }
 
     pub fn read(&self, read: Read) {
+        self.read_together(vec![read]);
+    }
+
+    /// What one call was told, of at least one user.
+    pub fn read_together(&self, reads: Vec<Read>) {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        if let Ok(answer) = &read.answer {
-            self.told_of(answer.revision);
-        }
-        self.succeeded.fetch_add(read.answer.is_ok().into(), Ordering::Relaxed);
-        self.reads.lock().unwrap().push(read);
+        let is_answer = reads.iter().all(|read| read.answer.is_ok());
+        self.succeeded.fetch_add(is_answer.into(), Ordering::Relaxed);
+        reads.iter().filter_map(|read| read.answer.as_ref().ok()).for_each(|answer| self.told_of(answer.revision));
+        self.reads.lock().unwrap().extend(reads);
     }
 
     /// Calls that were answered, well or badly.

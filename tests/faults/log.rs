@@ -67,6 +67,15 @@ impl Log {
         at == role || (from < to && roles.range(from + 1..=to).any(|(_, later)| later == role))
     }
 
+    /// Who had a role other than the default at a revision, in order.
+    pub fn roles_at(&self, revision: i64) -> Vec<(i64, String)> {
+        let at = |roles: &BTreeMap<i64, String>| roles.range(..=revision).next_back().map(|(_, role)| role.clone());
+        let mut all: Vec<_> = self.roles.iter().filter_map(|(user, roles)| Some((*user, at(roles)?))).collect();
+        all.retain(|(_, role)| role != DEFAULT);
+        all.sort();
+        all
+    }
+
     /// Nobody is asked for what was written up to a revision.
     pub fn forget_reasons(&mut self, to: i64) {
         self.entries.iter_mut().filter(|entry| entry.revision <= to).for_each(|entry| entry.reason.clear());

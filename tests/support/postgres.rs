@@ -347,6 +347,7 @@ impl Session {
     /// What it printed, errors included, when all of it is done.
     pub fn run(&mut self, sql: &str) -> String {
         const DONE: &str = "== done ==";
+        assert!(sql.is_empty() || sql.trim_end().ends_with([';', '.']), "it would wait for the rest of {sql}");
         self.send(&format!("{sql}\n{} {DONE}\n", self.print));
         let lines: Vec<String> = self.printed.by_ref().map(Result::unwrap).take_while(|line| line != DONE).collect();
         lines.join("\n")

@@ -11,7 +11,7 @@ use rolecache::proto::v1::{Commit, RoleChange, Source};
 use crate::{
     campaign::{Campaign, Outcome, Rounds},
     checker::{self, Excuses},
-    history::{Answer, End, History, MISMATCH, Process, Read, Seen, Told, Write},
+    history::{Answer, End, Giver, History, MISMATCH, Process, Read, Seen, Snapshot, Told, Write},
     log::{Entry, Log},
     traffic::NO_REASON,
 };
@@ -19,7 +19,7 @@ use crate::{
 /// A history, and what has to be found in it: nothing, where that is empty.
 type Case = (&'static str, fn(&History, &mut Vec<Entry>));
 
-const CASES: [Case; 25] = [
+const CASES: [Case; 31] = [
     ("", |_, _| {}),
     ("never true", |history, _| {
         // At 20 the user became an admin, at the earliest; this was told before.
@@ -44,11 +44,11 @@ const CASES: [Case; 25] = [
         history.read(Read { answer: Err(format!("Cancelled {NO_REASON}: Timeout expired")), ..read(0, 8_010, "") });
     }),
     ("a write was told ROLE_MISMATCH", |history, _| {
-        history.wrote(write("refused", "user", [40, 50], Told::Refused(MISMATCH.into())));
+        history.wrote(write("refused", "user", [40, 50], Told::Declined(MISMATCH.into())));
     }),
     ("refused, and done all the same", |history, _| {
         let mut writes = history.writes.lock().unwrap();
-        writes[1] = Write { expected: Some("user".into()), told: Told::Refused(MISMATCH.into()), ..writes[1].clone() };
+        writes[1] = Write { expected: Some("user".into()), told: Told::Declined(MISMATCH.into()), ..writes[1].clone() };
     }),
     ("done though another role was expected", |history, _| {
         history.writes.lock().unwrap()[1].expected = Some("user".into());
@@ -85,6 +85,26 @@ const CASES: [Case; 25] = [
         history.seen.lock().unwrap()[0].commits.push(seen(&entry(3, "admin", "user", "")));
     }),
     ("a heartbeat promised 2", |history, _| history.seen.lock().unwrap()[0].heartbeats.push((2, 1))),
+    ("a write was told STORE_UNREACHABLE", |history, _| {
+        // Nothing was broken from 100 to 200.
+        history.wrote(write("refused", "user", [110, 190], Told::Refused("STORE_UNREACHABLE".into())));
+    }),
+    ("doubled: ", |_, entries| {
+        // A transfer may have two changes, in one commit.
+        entries.push(Entry { user: 2, ..entry(3, "admin", "user", "first") });
+    }),
+    ("half a transfer", |history, _| {
+        // User 2 was to give up what it had.
+        history.writes.lock().unwrap()[1].giver = Some(Giver { user: 2, demoted: true });
+    }),
+    ("or from no admin", |history, _| {
+        history.writes.lock().unwrap()[1].giver = Some(Giver { user: 2, demoted: false });
+    }),
+    ("a snapshot at 0 has", |history, _| {
+        let users = vec![(1, "admin".into())];
+        history.seen.lock().unwrap()[0].snapshot = Some(Snapshot { revision: 0, users });
+    }),
+    ("a watch started over", |history, _| history.seen.lock().unwrap()[0].started_over.push(2)),
     ("a watch ended", |history, _| {
         let [last, ended] = [40, 50].map(Duration::from_millis);
         let why = "STORE_UNREACHABLE".into();
@@ -112,7 +132,8 @@ fn run(rounds: Rounds) -> Outcome {
         add(&history, &mut entries);
         let log = Log::of(entries, BTreeMap::from([(1, "admin".into())]));
         // A store that is away for a while ends no watch.
-        let excuses = Excuses { reasons: &["STORE_UNREACHABLE"], ..Excuses::default() };
+        let calms = vec![(Duration::from_millis(100), Duration::from_millis(200))];
+        let excuses = Excuses { reasons: &["STORE_UNREACHABLE"], calms, ..Excuses::default() };
         let found = checker::all(&history, &log, &excuses);
         let is_it = |found: &String| !due.is_empty() && found.contains(due);
         outcome.violated((!due.is_empty() && !found.iter().any(is_it)).then(|| format!("not found: {due}")));
@@ -201,7 +222,7 @@ const PROCESS: Process = Process { replica: 0, start: 1 };
 
 fn write(id: &str, role: &str, [begun, ended]: [u64; 2], told: Told) -> Write {
     let [begun, ended] = [begun, ended].map(Duration::from_millis);
-    Write { id: id.into(), user: 1, role: role.into(), expected: None, process: PROCESS, begun, ended, told }
+    Write { process: PROCESS, begun, ended, told, ..Write::of(id, 1, role) }
 }
 
 /// Of user 1, for two milliseconds.

@@ -87,32 +87,42 @@ async fn run(mut rounds: Rounds) -> Outcome {
         outcome.violated(found);
     }
     over.store(true, Ordering::Relaxed);
-    holding.join().expect("holding rows does not panic");
+    let holds = holding.join().expect("holding rows does not panic");
     let (looks, found) = looking.join().expect("looking does not panic");
     outcome.violated(found);
+    outcome.proves_nothing(traffic.throughout().err());
     traffic.settle(&mut outcome).await;
     let left_open = cluster.shell.run(LEFT_OPEN);
     outcome.violated((!left_open.is_empty()).then(|| format!("left open in the end: {left_open}")));
     outcome.figure("hung up", format!("{} calls, {} connections, {} deadlines", kinds[0], kinds[1], kinds[2]));
+    outcome.figure("rows were held", format!("{holds} times"));
     outcome.figure("looks at all sessions", looks);
     outcome
 }
 
-/// A stranger who locks rows for a while, so that writes of them wait.
-fn hold_rows(url: &str, over: &AtomicBool, mut random: fastrand::Rng, begun: &watch::Sender<bool>) {
+/// A stranger who locks rows for a while, so that writes of them wait; how often.
+fn hold_rows(url: &str, over: &AtomicBool, mut random: fastrand::Rng, begun: &watch::Sender<bool>) -> u64 {
     let mut session = Session::open(url);
-    let upsert = format!(
-        "insert into users (user_id, role) select n, 'user' from generate_series(1, {}) n on conflict (user_id) do nothing",
-        USERS / 2
+    let few = USERS / 2;
+    let added = session.run(&format!(
+        "insert into users (user_id, role) select n, 'user' from generate_series(1, {few}) n on conflict (user_id) do nothing;"
+    ));
+    assert_eq!(added, "");
+    let hold = format!(
+        "begin; select count(*) from (select from users where user_id <= {few} order by user_id for update) held;"
     );
-    session.run(&upsert);
+    let mut holds = 0;
     while !over.load(Ordering::Relaxed) {
-        session.run(&format!("begin; select from users where user_id <= {} order by user_id for update", USERS / 2));
+        let held = session.run(&hold);
+        // Whom somebody deleted nobody holds.
+        assert!(held.parse().is_ok_and(|held: i64| held > few / 2), "{held}");
+        holds += 1;
         begun.send_replace(true);
         std::thread::sleep(Duration::from_millis(random.u64(20..400)));
-        session.run("commit");
+        assert_eq!(session.run("commit;"), "");
         std::thread::sleep(Duration::from_millis(random.u64(5..60)));
     }
+    holds
 }
 
 /// How often it looked, and what it found.

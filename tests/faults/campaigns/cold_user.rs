@@ -28,8 +28,11 @@ const SHORT: u64 = 100;
 const MANY_EVERY: u64 = 50;
 const FEW: usize = 250;
 
-/// Connections of a replica's callers.
-const CONNECTIONS: usize = 8;
+/// Connections of a replica's callers: each takes 256 of them.
+const CONNECTIONS: usize = 16;
+
+/// All of them are one caller, nameless.
+const ALL_AT_ONCE: &[&str] = &["--max-calls-per-caller", "5000"];
 
 /// Users whom no commit brings into memory: they were there before. The first of them are everybody's.
 const USERS: i64 = 20_000;
@@ -70,7 +73,8 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let setup = Cluster::start(&url, Plan { replicas: 1, ..Plan::default() }).await;
     setup.shell.go(users()).await;
     drop(setup);
-    let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, proxied: true, ..Plan::default() }).await);
+    let cluster =
+        Arc::new(Cluster::start(&url, Plan { replicas: 2, args: ALL_AT_ONCE, proxied: true, ..Plan::default() }).await);
     // Users that are in memory: these reads are no queries.
     let load = Load { writers: 0, readers: 1, watchers: 1, excuses: checker::STORE_BROKEN, ..Load::default() };
     let mut traffic = Traffic::start(&cluster, load, &mut rounds.random);

@@ -20,7 +20,7 @@ use crate::{
     campaign::{Campaign, Outcome, Rounds},
     checker,
     cluster::{Cluster, Plan},
-    history::{History, MISMATCH, Told},
+    history::{History, Told},
     support::postgres::Postgres,
     traffic::{Load, Traffic},
 };
@@ -135,8 +135,7 @@ async fn run(mut rounds: Rounds, cluster: &Arc<Cluster>, disk: &Disk, heal: &(dy
 fn failed(history: &History, since: Duration) -> Vec<String> {
     let writes = history.writes.lock().unwrap();
     let told = writes.iter().filter(|write| write.begun > since).filter_map(|write| match &write.told {
-        Told::Done { .. } => None,
-        Told::Refused(reason) if reason == MISMATCH => None,
+        Told::Done { .. } | Told::Declined(_) => None,
         Told::Refused(reason) => Some(reason.clone()),
         Told::Unknown(reason) => Some(format!("{reason}, in doubt")),
     });

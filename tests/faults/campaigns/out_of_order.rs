@@ -108,6 +108,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
             break;
         }
     }
+    outcome.proves_nothing(traffic.throughout().err());
     traffic.settle(&mut outcome).await;
     outcome.violated(pairs.iter_mut().flat_map(|pair| std::mem::take(&mut pair.errors)));
     let sum = |of: fn(&Pair) -> u64| pairs.iter().map(of).sum::<u64>();

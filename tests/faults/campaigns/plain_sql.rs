@@ -129,6 +129,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
             due.insert(printed, gone);
         }
     }
+    outcome.proves_nothing(traffic.throughout().err());
     traffic.settle(&mut outcome).await;
     stop.cancel();
     let log = cluster.log().await;

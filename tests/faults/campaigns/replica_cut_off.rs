@@ -62,7 +62,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
         // Its store's answers in whatever pieces.
         proxy.strike(Which::All, *rounds.random.choice([Fate::Open, Fate::Sliced].iter()).unwrap());
         let weak = traffic.run_up(200).await;
-        let answered = match fault {
+        let met = match fault {
             Fault::Refused | Fault::Hole => {
                 if matches!(fault, Fault::Refused) {
                     proxy.refuse(true);
@@ -77,8 +77,9 @@ async fn run(mut rounds: Rounds) -> Outcome {
                 proxy.refuse(false);
                 proxy.strike(Which::All, Fate::Reset);
                 proxy.thaw();
-                cut_off += answered;
-                answered
+                cut_off += answered.all;
+                // Marked as old: it is cut off indeed.
+                answered.stale
             }
             Fault::Paused | Fault::PausedInFlight => {
                 if matches!(fault, Fault::PausedInFlight) {
@@ -94,15 +95,13 @@ async fn run(mut rounds: Rounds) -> Outcome {
                 };
                 let (answered, ()) = tokio::join!(burst(victim, &traffic), go_on);
                 proxy.strike(Which::All, Fate::Open);
-                paused += answered;
-                answered
+                paused += answered.all;
+                answered.all
             }
         };
         match weak {
             Err(weak) => outcome.weak.push(format!("{fault:?} {round}: {weak}")),
-            Ok(()) if answered < BURST / 2 => {
-                outcome.weak.push(format!("{fault:?} {round}: only {answered} reads met it"))
-            }
+            Ok(()) if met < BURST / 2 => outcome.weak.push(format!("{fault:?} {round}: only {met} reads met it")),
             Ok(()) => outcome.fired += 1,
         }
         back.push(victim.until_in_step().await);
@@ -114,8 +113,13 @@ async fn run(mut rounds: Rounds) -> Outcome {
     outcome
 }
 
-/// Asks a replica many times at once; how many were answered.
-async fn burst(victim: &Replica, traffic: &Traffic) -> usize {
+struct Answered {
+    all: usize,
+    stale: usize,
+}
+
+/// Asks a replica many times at once.
+async fn burst(victim: &Replica, traffic: &Traffic) -> Answered {
     let history = &traffic.history;
     let clients: Vec<_> = (0..10).map(|_| victim.client()).collect();
     let asked = (0..BURST).map(|n| {
@@ -127,11 +131,12 @@ async fn burst(victim: &Replica, traffic: &Traffic) -> usize {
                 Ok(answer) => Ok(Answer::from(answer.into_inner())),
                 Err(status) => Err(traffic::reason(&status)),
             };
-            let is_answer = answer.is_ok();
+            let stale = answer.as_ref().map(|answer| answer.stale).ok();
             let (process, ended) = (victim.process(), history.now());
             history.read(Read { user, process, begun, ended, min_revision: 0, answer });
-            is_answer
+            stale
         }
     });
-    join_all(asked).await.into_iter().filter(|is_answer| *is_answer).count()
+    let answers: Vec<bool> = join_all(asked).await.into_iter().flatten().collect();
+    Answered { all: answers.len(), stale: answers.into_iter().filter(|stale| *stale).count() }
 }

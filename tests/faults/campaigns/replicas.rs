@@ -112,6 +112,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
         late.extend(times);
         heard.push(watcher.seen);
     }
+    outcome.proves_nothing(traffic.throughout().err());
     traffic.settle(&mut outcome).await;
     let log = cluster.log().await;
     outcome.violated(heard.iter().flat_map(|seen| checker::watches_are_the_log(seen, &log)));

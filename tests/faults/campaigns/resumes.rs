@@ -89,6 +89,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     while let Some(ended) = watchers.join_next().await {
         done.push(ended.expect("a watcher does not panic"));
     }
+    outcome.proves_nothing(traffic.throughout().err());
     traffic.settle(&mut outcome).await;
     let log = cluster.log().await;
     let mut seen = Vec::new();

@@ -11,7 +11,7 @@ use crate::{
     campaign::{Campaign, Outcome, Rounds},
     checker,
     cluster::{Cluster, Plan, postgres},
-    history::{History, MISMATCH, Told},
+    history::{History, Told},
     sessions::Sessions,
     support::postgres::{Postgres, Session},
     traffic::{Load, Traffic},
@@ -40,7 +40,7 @@ enum Hold {
     Sessions(Sessions),
 }
 
-/// Of a write whose user has the role already.
+/// Of a write whose user has the role already, or is not what it is for.
 const NOTHING: &str = "nothing to do";
 
 /// How long a cached read may take: half a second for a proof that does not come, and the rest.
@@ -195,7 +195,7 @@ impl Met {
             let what = match &write.told {
                 Told::Done { changed: true, .. } => "done".to_owned(),
                 // It numbers no commit, and so waits for nobody.
-                Told::Done { .. } => NOTHING.to_owned(),
+                Told::Done { .. } | Told::Declined(_) => NOTHING.to_owned(),
                 Told::Refused(reason) => reason.clone(),
                 Told::Unknown(reason) => format!("{reason}, in doubt"),
             };
@@ -204,14 +204,15 @@ impl Met {
             }
             // Behind one that waits for the lock, a write may not even have its turn.
             if fault == Fault::FeedLocked
-                && !["done", NOTHING, MISMATCH, "USER_BUSY", "STORE_UNREACHABLE"].contains(&what.as_str())
+                && !["done", NOTHING, "USER_BUSY", "STORE_UNREACHABLE"].contains(&what.as_str())
             {
                 self.found.push(format!("{fault:?}: a write was told {what}: {write:?}"));
             }
             *self.answers.entry(format!("{fault:?}: {what}")).or_default() += 1;
-            refused += usize::from(!["done", NOTHING, MISMATCH].contains(&what.as_str()));
+            refused += usize::from(!["done", NOTHING].contains(&what.as_str()));
             if took > self.limit {
-                self.found.push(format!("{fault:?}: a write took {took:.1?}: {write:?}"));
+                self.found
+                    .push(format!("{fault:?} from {holds:.1?} to {ends:.1?}: a write took {took:.1?}: {write:?}"));
             }
             self.writes.push(took);
         }
@@ -221,7 +222,7 @@ impl Met {
                 continue;
             }
             let took = read.ended - read.begun;
-            if took > READ_ANSWERS || !read.answer.as_ref().is_ok_and(|answer| answer.source == Source::Cache) {
+            if took > READ_ANSWERS || !read.answer.as_ref().is_ok_and(|answer| answer.source != Source::Store) {
                 self.found.push(format!("{fault:?}: a cached read took {took:.1?}: {read:?}"));
             }
             self.reads.push(took);

@@ -76,6 +76,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     }
     let bound = BOUND_FOR_ALL + BOUND_EACH * rounds.count as f64;
     outcome.violated((grown > bound).then(|| format!("memory grew by {grown:.1} MiB, more than {bound:.1}")));
+    outcome.proves_nothing(traffic.throughout().err());
     traffic.settle(&mut outcome).await;
     // Now they read, and nothing is missing.
     let log = cluster.log().await;

@@ -119,6 +119,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
         slow_compacted += streams.iter().filter(|told| told.compacted).count();
         told.extend(streams);
     }
+    outcome.proves_nothing(traffic.throughout().err());
     traffic.stop_calling().await;
     boundary = known.look(&cluster.shell).await;
     let mut log = cluster.log().await;
