@@ -6,6 +6,7 @@ use serde_json::Value;
 use crate::{
     process::{Process, answer, run, serve},
     support::{
+        doors::{House, token},
         server::{Db, client},
         watch::{Watching, reason},
     },
@@ -58,22 +59,18 @@ async fn a_task_that_panics_ends_the_process_with_its_reason(db: Db) {
 }
 
 async fn no_task_ends_without_the_process(db: Db) {
-    for task in [
-        "accept loop",
-        "tailer",
-        "filler",
-        "writer",
-        "writer of what was locked",
-        "loader",
-        "self-check",
-        "listener",
-        "trimmer",
-        "trigger check",
-        "health report",
-        "opening of the service",
-    ] {
+    // All that there are.
+    let spawned = include_str!("../../src/server.rs").split("upkeep.spawn(\"").skip(1);
+    let tasks: Vec<&str> = spawned.map(|rest| rest.split('"').next().unwrap()).collect();
+    assert!(tasks.len() >= 14, "{tasks:?}");
+    let house = House::new();
+    house.admit(&[token("bot", "sesame", "read")]);
+    let [cert, key, credentials] = ["server.pem", "server.key", "credentials.toml"].map(|name| house.path(name));
+    let doors = ["--tls-cert", &cert, "--tls-key", &key, "--credentials", &credentials];
+    for task in tasks {
         for (told, reason) in [("return(it is over)", "it is over".to_owned()), ("panic(no more)", panicked(task))] {
-            let mut server = start(&db, &format!("task::{task}={told}"), &["--cache", "complete"]);
+            let args = [&["--cache", "complete"], &doors[..]].concat();
+            let mut server = start(&db, &format!("task::{task}={told}"), &args);
             let status = server.ended();
             assert_eq!(status.code(), Some(1), "{}", server.err.text());
             assert_eq!(server.err.all().pop().unwrap(), format!("error: {reason}"));
