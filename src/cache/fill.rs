@@ -29,6 +29,9 @@ use crate::{
 /// Users who wait for a query at once; more are refused.
 pub(super) const QUEUE: usize = 100_000;
 
+/// Of these, places that only reads of one user get: few callers with many users each leave them to all others.
+pub(super) const OF_SINGLE_READS: usize = QUEUE / 10;
+
 /// Users in one query, and queries at once.
 const BATCH: usize = 1_000;
 const QUERIES: usize = 8;

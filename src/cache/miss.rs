@@ -2,11 +2,9 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use tokio::sync::mpsc::error::TrySendError;
-
 use super::{
     ReadError, RoleCache,
-    fill::{Fill, Filled, Joined, Ticket},
+    fill::{Fill, Filled, Joined, OF_SINGLE_READS, Ticket},
 };
 use crate::{
     role::{Revision, RoleName, UserId},
@@ -55,10 +53,11 @@ impl RoleCache {
         // A miss that has to join again is still one miss.
         let mut is_accounted = vec![false; distinct.len()];
         let mut wanted: Vec<usize> = (0..distinct.len()).collect();
+        let spared = if distinct.len() > 1 { OF_SINGLE_READS } else { 0 };
         while !wanted.is_empty() {
             let pending: Vec<Joining> = wanted
                 .drain(..)
-                .map(|index| self.join(index, distinct[index], wish, &mut is_accounted[index]))
+                .map(|index| self.join(index, distinct[index], wish, spared, &mut is_accounted[index]))
                 .collect::<Result<_, _>>()?;
             for Joining { index, fill, too_old } in pending {
                 let outcome = fill.outcome().await;
@@ -100,7 +99,15 @@ impl RoleCache {
         Ok(Some((asked.into_iter().map(|place| found[place].role.clone()).collect(), oldest)))
     }
 
-    fn join(&self, index: usize, user: UserId, wish: Wish, is_accounted: &mut bool) -> Result<Joining, ReadError> {
+    /// Begins a fill only where the queue has more than `spared` places left.
+    fn join(
+        &self,
+        index: usize,
+        user: UserId,
+        wish: Wish,
+        spared: usize,
+        is_accounted: &mut bool,
+    ) -> Result<Joining, ReadError> {
         let (fill, too_old) = match self.fills.join(user, wish.fresh) {
             Joined::Waits(fill) => {
                 if !std::mem::replace(is_accounted, true) {
@@ -109,16 +116,14 @@ impl RoleCache {
                 (fill, false)
             }
             Joined::TooOld(fill) => (fill, true),
-            Joined::Began(fill) => match self.queue.try_send(fill.clone()) {
-                Ok(()) => {
-                    *is_accounted = true;
-                    (fill, false)
-                }
-                Err(TrySendError::Full(_) | TrySendError::Closed(_)) => {
+            Joined::Began(fill) => {
+                if self.queue.capacity() <= spared || self.queue.try_send(fill.clone()).is_err() {
                     self.fills.finish(&fill, Err(ReadError::Overloaded));
                     return Err(ReadError::Overloaded);
                 }
-            },
+                *is_accounted = true;
+                (fill, false)
+            }
         };
         Ok(Joining { index, fill, too_old })
     }

@@ -195,7 +195,8 @@ where
         .max_concurrent_streams(limits.streams)
         .max_local_error_reset_streams(LOCAL_RESETS)
         .max_send_buf_size(SEND_BUFFER)
-        .max_header_list_size(limits.header_bytes)
+        // h2 takes what is less than this.
+        .max_header_list_size(limits.header_bytes + 1)
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     let connection = http2.serve_connection(TokioIo::new(stream), service);

@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     num::NonZeroU32,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -18,6 +19,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     sync::oneshot,
+    task::JoinSet,
     time::timeout,
 };
 use tonic::{Code, Status};
@@ -26,6 +28,7 @@ use tonic_types::StatusExt;
 use crate::{
     support::{
         calls::{refused, refused_for_now},
+        child::ChildServer,
         crowd::Crowd,
         doors::{House, plain, token},
         gates::Gates,
@@ -319,6 +322,31 @@ async fn snapshots_of_each_caller() {
     timeout(PATIENCE, stream.message()).await.unwrap().unwrap().expect("it starts");
 }
 
+/// Few callers with many users each, whom the store does not answer, leave room for others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batches_leave_room_for_single_reads() {
+    const BATCH: i64 = 10_000;
+    let db = Db::sqlite();
+    let gates = Gates::default();
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    gates.roles.close();
+    let mut batches = JoinSet::new();
+    for batch in 0..12 {
+        let mut client = server.client.clone();
+        let user_ids = (1 + batch * BATCH..=(batch + 1) * BATCH).collect();
+        batches.spawn(
+            async move { client.batch_get_roles(BatchGetRolesRequest { user_ids, ..Default::default() }).await },
+        );
+    }
+    let first = timeout(PATIENCE, batches.join_next()).await.expect("there is a bound").unwrap().unwrap();
+    refused_for_now(first, Code::ResourceExhausted, "OVERLOADED");
+    let mut client = server.client.clone();
+    let single = tokio::spawn(async move { client.get_role(get(1_000_000)).await });
+    gates.roles.arrived().await;
+    gates.roles.open();
+    single.await.unwrap().expect("it has a place");
+}
+
 /// Nobody needs credentials for them, so that they have a bound, and an end that needs no client.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reflection_is_bounded() {
@@ -414,6 +442,24 @@ async fn compressed_messages_are_not_unpacked() {
     }
 }
 
+/// 200 MiB of zeros in fewer bytes than a message may have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bomb_of_gzip_takes_no_memory() {
+    let db = Db::sqlite();
+    let server = ChildServer::serve(&db.url(), &[]).await;
+    let packed = Command::new("/bin/sh").args(["-c", "head -c 209715200 /dev/zero | gzip -9"]).output().unwrap().stdout;
+    assert!((100_000..256 << 10).contains(&packed.len()), "{} bytes", packed.len());
+    let mut bomb = BytesMut::from(&frame_bytes(&packed)[..]);
+    bomb[0] = 1;
+    let before = server.memory("VmHWM");
+    let mut raw = Raw::connect(server.address).await;
+    let headers = [("grpc-encoding", "gzip")];
+    let answer = raw.send_to(&format!("/{SERVICE}/GetRole"), &headers, bomb.freeze()).await;
+    assert_eq!(answer.status.unwrap().code(), Code::Unimplemented);
+    let grown = server.memory("VmHWM") - before;
+    assert!(grown < 16.0, "{grown} MiB");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_of_headers() {
     let (server, _db) = serve(|_| {}).await;
@@ -427,6 +473,33 @@ async fn bytes_of_headers() {
     }
     let answer = raw.send_to(&format!("/{SERVICE}/GetRole"), &many[..100], frame(&get(1))).await;
     assert_eq!(answer.status.unwrap().code(), Code::Ok, "the connection goes on");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_of_headers_to_the_last() {
+    const LIMIT: usize = 4_096;
+    let (server, _db) = serve(|limits| limits.header_bytes = LIMIT as u32).await;
+    let mut raw = Raw::connect(server.address).await;
+    let path = format!("/{SERVICE}/GetRole");
+    let body = frame(&get(1));
+    let (authority, length) = (server.address.to_string(), body.len().to_string());
+    let sent = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":authority", &*authority),
+        (":path", &path),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+        ("content-length", &length),
+        ("x-long", ""),
+    ];
+    // As HTTP/2 counts them (RFC 9113, 6.5.2): 32 more for each.
+    let rest: usize = sent.iter().map(|(name, value)| name.len() + value.len() + 32).sum();
+    for (bytes, http) in [(LIMIT, StatusCode::OK), (LIMIT + 1, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)] {
+        let long = "x".repeat(bytes - rest);
+        let answer = raw.send_to(&path, &[("x-long", &*long)], body.clone()).await;
+        assert_eq!(answer.http, http, "{bytes} bytes");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
