@@ -3,6 +3,7 @@
 //! The doc comment of a field is its help. What a wrong setting gets is a sentence that names the setting and what it
 //! accepts.
 
+mod arguments;
 mod doors;
 mod limits;
 
@@ -11,6 +12,7 @@ use std::{fmt, net::SocketAddr, time::Duration};
 use clap::{ArgAction, Args, ValueEnum, builder::BoolishValueParser};
 
 pub use self::{
+    arguments::hold_a_password,
     doors::{ClientAuth, DoorArgs, DoorConfig},
     limits::LimitArgs,
 };

@@ -1,6 +1,6 @@
 //! `migrate`: brings the schema of a store up to date and says what it found.
 
-use super::{Exit, Failure, output};
+use super::{Exit, Failure, output, warn_of_arguments};
 use crate::{
     config::MigrateArgs,
     logging,
@@ -10,6 +10,7 @@ use crate::{
 pub(super) async fn run(args: MigrateArgs) -> Result<(), Failure> {
     let config = args.validate().map_err(|error| Failure::new(Exit::Usage, error))?;
     logging::init(&config.log);
+    warn_of_arguments();
     let store = store::open(&config.store).await.map_err(|error| match &error {
         OpenError::Unreachable(_) => Failure::new(Exit::Unavailable, error),
         OpenError::Refused(_) => Failure::new(Exit::Refused, error),

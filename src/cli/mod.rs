@@ -18,7 +18,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use tokio::runtime::Runtime;
 
-use crate::config::{MigrateArgs, ServeArgs};
+use crate::config::{MigrateArgs, ServeArgs, hold_a_password};
 
 /// Answers which role each user of a bot has, over gRPC and from memory.
 #[derive(Parser, Debug)]
@@ -83,7 +83,7 @@ Exit codes: 0 done, 1 refused, 2 wrong usage or setting, 3 unavailable and worth
 const SERVE: &str = "\
 Examples:
   rolecache serve
-  rolecache serve --database-url postgres://bot:secret@db/bot --cache complete
+  DATABASE_URL=postgres://bot:secret@localhost/bot rolecache serve --cache complete
   ROLECACHE_ROLES=user,helper,admin rolecache serve
 
 SIGTERM and SIGINT end it within 10 seconds, with exit code 0.";
@@ -191,6 +191,16 @@ impl Cli {
                 failure.exit
             }
         }
+    }
+}
+
+/// At each start: the one who started it can still change that.
+fn warn_of_arguments() {
+    if hold_a_password(std::env::args_os().map(|argument| argument.to_string_lossy().into_owned())) {
+        tracing::warn!(
+            "every user of this machine can read the database's password in the arguments: give the URL in \
+             ROLECACHE_DATABASE_URL"
+        );
     }
 }
 

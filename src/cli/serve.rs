@@ -1,10 +1,10 @@
-//! `serve`: the settings, one warning, and the server until a signal ends it.
+//! `serve`: the settings, what is risky about them, and the server until a signal ends it.
 
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Exit, Failure};
+use super::{Exit, Failure, warn_of_arguments};
 use crate::{
     cache,
     config::{ServeArgs, ServeConfig},
@@ -32,6 +32,7 @@ pub(super) async fn run(args: ServeArgs) -> Result<(), Failure> {
     if let Some(danger) = config.doors.danger {
         tracing::warn!(listen = %config.listen, "{danger}");
     }
+    warn_of_arguments();
     let refused = |error: ServerError| Failure::new(Exit::Refused, error);
     let stop = stop_signal().map_err(|error| Failure::new(Exit::Refused, error))?;
     let server = Server::bind(options(config)).await.map_err(refused)?;

@@ -232,6 +232,24 @@ async fn off_loopback_open_doors_are_refused() {
     server.stop("TERM");
 }
 
+/// Arguments are anybody's to read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_in_the_arguments_is_warned_of() {
+    let db = Db::postgres().await;
+    let mut url = url::Url::parse(&db.url()).unwrap();
+    url.set_password(Some("hush")).unwrap();
+    let mut server = Process::serve(url.as_str(), &[]);
+    server.ready();
+    server.err.until(|line| line.contains("WARN") && line.contains("read the database's password"));
+    assert!(!server.err.text().contains("hush"), "{}", server.err.text());
+    server.stop("TERM");
+    let mut elsewhere = rolecache(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"]);
+    let mut server = Process::spawn(elsewhere.env("ROLECACHE_DATABASE_URL", url.as_str()));
+    server.ready();
+    assert!(!server.err.text().contains("WARN"), "{}", server.err.text());
+    server.stop("TERM");
+}
+
 /// In no line of the most talkative log, in no argument, in no help, in no error; with a client that marks the token as a
 /// secret, and with one that does not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

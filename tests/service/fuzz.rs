@@ -6,7 +6,9 @@
 use std::{
     fs,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -34,6 +36,9 @@ use crate::support::{
 
 /// What one input may take: beyond it hangs, which busy processors do not excuse.
 const LIMIT: Duration = Duration::from_secs(1);
+
+/// And after which it is not waited for.
+const HANGS: Duration = Duration::from_secs(20);
 
 /// The inputs of one target.
 struct Inputs {
@@ -90,28 +95,50 @@ impl Inputs {
         Some(input)
     }
 
-    /// Keeps an input that failed.
-    fn judge<T>(&mut self, input: &[u8], outcome: std::thread::Result<T>, took: Duration) -> T {
+    /// Within its limit and without a panic; otherwise the input is kept.
+    fn judge<T>(&mut self, input: &[u8], outcome: std::thread::Result<T>, took: Duration, limit: Duration) -> T {
         self.tried += 1;
         match outcome {
-            Ok(done) if took <= LIMIT => done,
+            Ok(done) if took <= limit => done,
             outcome => {
-                let file = self.directory.join(format!("failed-{:016x}", self.random.u64(..)));
-                fs::write(&file, input).unwrap();
+                let file = keep(&self.directory, input);
                 panic!("{} took {took:?} or panicked: {:?}", file.display(), outcome.err());
             }
         }
     }
 }
 
+/// Keeps an input that failed.
+fn keep(directory: &Path, input: &[u8]) -> PathBuf {
+    let file = directory.join(format!("failed-{:016x}", fastrand::u64(..)));
+    fs::write(&file, input).unwrap();
+    file
+}
+
 /// Runs a target that is a function.
 fn function(target: &str, run: impl Fn(&[u8])) {
     let mut inputs = Inputs::of(target);
+    let (begins, begun) = mpsc::channel::<Vec<u8>>();
+    let (ends, ended) = mpsc::channel();
+    let directory = inputs.directory.clone();
+    // One that never ends would never be judged.
+    let watching = thread::spawn(move || {
+        for input in begun {
+            if ended.recv_timeout(HANGS).is_err() {
+                eprintln!("{} does not end", keep(&directory, &input).display());
+                std::process::exit(1);
+            }
+        }
+    });
     while let Some(input) = inputs.next() {
+        begins.send(input.clone()).unwrap();
         let begun = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| run(&input)));
-        inputs.judge(&input, outcome, begun.elapsed());
+        ends.send(()).unwrap();
+        inputs.judge(&input, outcome, begun.elapsed(), LIMIT);
     }
+    drop(begins);
+    watching.join().unwrap();
 }
 
 #[test]
@@ -155,7 +182,7 @@ async fn service(target: &str, ask: impl AsyncFn(&mut Raw, &[u8]) -> Vec<Status>
         let begun = Instant::now();
         let asked = async { ask(&mut raw, &input).await.iter().for_each(is_of_the_contract) };
         let outcome = AssertUnwindSafe(asked).catch_unwind().await;
-        inputs.judge(&input, outcome, begun.elapsed());
+        inputs.judge(&input, outcome, begun.elapsed(), LIMIT);
     }
     assert!(!server.logged("panicked"), "{:#?}", server.log());
     server.client.clone().get_role(GetRoleRequest { user_id: 1, ..Default::default() }).await.expect("it serves on");
@@ -196,22 +223,32 @@ async fn tokens() {
 
 /// The row of a request that is asked again, with numbers of the input's in it: whatever stands there, no other role is told.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn outcomes() {
-    let db = Db::sqlite();
+async fn outcomes_in_sqlite() {
+    let numbers = &["first_seq", "first_index", "size"];
+    outcomes(Db::sqlite(), "rolecache_requests", numbers).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outcomes_in_postgres() {
+    outcomes(Db::postgres().await, "rolecache.requests", &["commit_id"]).await;
+}
+
+async fn outcomes(db: Db, table: &str, others: &[&str]) {
     let server = ChildServer::serve(&db.url(), &[]).await;
     let request = SetRoleRequest { user_id: 1, role: "admin".into(), request_id: "r".into(), ..Default::default() };
     let set = async || server.client.clone().set_role(request.clone()).await;
     let change = set().await.unwrap().into_inner().change.unwrap();
     server.client.clone().set_role(SetRoleRequest { user_id: 2, ..request.clone() }).await.unwrap_err();
-    let columns = ["revision", "first_seq", "first_index", "size"];
-    let right = db.sql(&format!("select {} from rolecache_requests", columns.join(", ")));
-    let right: Vec<&str> = right.split('|').collect();
-    let newest: i64 = right[0].parse().unwrap();
+    let columns = [&["revision"], others].concat();
+    let right = db.sql(&format!("select {} from {table}", columns.join(", ")));
+    let right: Vec<&str> = right.split('|').map(|value| if value.is_empty() { "null" } else { value }).collect();
+    let newest = change.revision;
     let mut inputs = Inputs::of("outcomes");
     while let Some(input) = inputs.next() {
         // A revision that never comes is waited for, for 5 s: those of the corpus are enough.
-        let latest = if inputs.tried < inputs.corpus.len() { i64::MAX } else { newest };
-        let mut sql = String::from("update rolecache_requests set actor = actor");
+        let is_kept = inputs.tried < inputs.corpus.len();
+        let (latest, limit) = if is_kept { (i64::MAX, 6 * LIMIT) } else { (newest, LIMIT) };
+        let mut sql = format!("update {table} set actor = actor");
         for (n, column) in columns.iter().enumerate() {
             let bytes = input.get(8 * n..8 * n + 8).and_then(|bytes| bytes.try_into().ok()).map(i64::from_le_bytes);
             let bytes = bytes.map(|value| if *column == "revision" { value.min(latest) } else { value });
@@ -229,9 +266,7 @@ async fn outcomes() {
             }
         };
         let outcome = AssertUnwindSafe(answered).catch_unwind().await;
-        // What waits for a revision that never comes is told so after 5 s.
-        let took = begun.elapsed().saturating_sub(6 * LIMIT);
-        inputs.judge(&input, outcome, took);
+        inputs.judge(&input, outcome, begun.elapsed(), limit);
     }
     assert!(!server.logged("panicked"), "{:#?}", server.log());
 }

@@ -1,8 +1,11 @@
 //! Opening the store: what it is, whether it can be trusted, and what has to be put right first.
 
-use std::{str::FromStr, sync::Arc, time::Duration};
+use std::{net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
-use sqlx::{Connection, PgConnection, Row, postgres::PgConnectOptions};
+use sqlx::{
+    Connection, PgConnection, Row,
+    postgres::{PgConnectOptions, PgSslMode},
+};
 
 use super::{
     Postgres,
@@ -38,6 +41,12 @@ pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
     // ends the session of a server that is stopped or cut off within it.
     let unlimited = session::session(&url, Duration::ZERO).options([("lock_timeout", "0")]);
     let mut conn = session::connect(&unlimited).await?;
+    if can_be_read_on_its_way(&url) {
+        tracing::warn!(
+            host = url.get_host(),
+            "whoever is between this server and its store can read and change roles: end --database-url with ?sslmode=verify-full"
+        );
+    }
     let about = within(LOOK_LIMIT, server(&mut conn, &url)).await?;
     within(LOOK_LIMIT, rights::check(&mut conn)).await?;
     let adopted = migrate::ensure(&mut conn, options).await?;
@@ -47,6 +56,16 @@ pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
     within(LOOK_LIMIT, rights::warn(&mut conn)).await?;
     let _ = tokio::time::timeout(session::CONNECT_LIMIT, conn.close()).await;
     Ok(Arc::new(Postgres { pools: Pools::new(&url), url, facts, listening: Listening::default() }))
+}
+
+/// To another machine, and not by TLS that knows whom it talks to.
+fn can_be_read_on_its_way(url: &PgConnectOptions) -> bool {
+    let host = url.get_host();
+    let is_here = url.get_socket().is_some()
+        || host.starts_with('/')
+        || host == "localhost"
+        || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    !is_here && !matches!(url.get_ssl_mode(), PgSslMode::VerifyFull)
 }
 
 async fn server(conn: &mut PgConnection, url: &PgConnectOptions) -> Result<String, OpenError> {
@@ -110,4 +129,24 @@ async fn repair(conn: &mut PgConnection) -> Result<(), OpenError> {
         tracing::warn!(revision = newest, "the revision sequence was left behind, and is repaired");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_verified_store_elsewhere_is_safe() {
+        for (url, can_be_read) in [
+            ("postgres://db.internal/bot", true),
+            ("postgres://db.internal/bot?sslmode=require", true),
+            ("postgres://db.internal/bot?sslmode=verify-ca", true),
+            ("postgres://db.internal/bot?sslmode=verify-full", false),
+            ("postgres://localhost/bot", false),
+            ("postgres://127.0.0.1/bot", false),
+            ("postgres://%2Frun%2Fpostgresql/bot", false),
+        ] {
+            assert_eq!(can_be_read_on_its_way(&PgConnectOptions::from_str(url).unwrap()), can_be_read, "{url}");
+        }
+    }
 }
