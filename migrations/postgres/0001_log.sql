@@ -389,7 +389,7 @@ declare
   j int;
   r text;
   u bigint;
-  b boolean;
+  others boolean;
 begin
   -- A commit that was answered has to survive a crash, whatever the database's default.
   if current_setting('synchronous_commit') = 'off' then
@@ -644,25 +644,6 @@ begin
   -- Who and why, on every change of the users that were asked for. A username that the table has no column for lives here.
   select case when c.revision is null then c.id end into cid
   from rolecache.commits c where c.xid = pg_current_xact_id_if_assigned() order by c.xid desc, c.id desc limit 1;
-  -- What the table's own triggers and keys did to others was done by the callers. Where a batch has several, it is found
-  -- out one by one who has not been granted it.
-  if cid is not null and jsonb_path_exists(calls, '$[*].grant') then
-    select c.role into r
-    from rolecache.changes ch
-    cross join lateral (values (nullif(ch.old_role, '')), (nullif(ch.new_role, ''))) c (role)
-    where ch.commit_id = cid and c.role <> default_role and exists (
-      select from jsonb_to_recordset(calls) x (n int, "user" bigint, "from" bigint, "to" bigint, "grant" jsonb)
-      where x."grant" is not null and not x."grant" ? c.role
-        and outcomes[x.n + 1] in ('changed', 'same') and commit_ids[x.n + 1] is null and revisions[x.n + 1] is null
-        and (ch.user_id in (x."user", x."from", x."to") or not exists (
-          select from jsonb_to_recordset(calls) o (n int, "user" bigint, "from" bigint, "to" bigint)
-          where o.n <> x.n and ch.user_id in (o."user", o."from", o."to")))
-    )
-    limit 1;
-    if r is not null then
-      raise exception using errcode = 'RC003', message = r;
-    end if;
-  end if;
   if array_length(must_log, 1) > 0 then
     -- Both sides are as small as the batch here, and pairing them one by one is quadratic.
     perform set_config('enable_hashjoin', 'on', true);
@@ -677,6 +658,37 @@ begin
       raise exception using errcode = 'RC001',
         message = format('a trigger of the table dropped or changed the write of user %s', u);
     end if;
+    perform set_config('enable_hashjoin', 'off', true);
+  end if;
+
+  -- What the table's own triggers and keys did to others was done by a caller. Where a batch has several, it is found out
+  -- call by call by whom, so that it is signed and has been granted.
+  select count(distinct ch.user_id) > coalesce(array_length(must_log, 1), 0) into others
+  from rolecache.changes ch where ch.commit_id = cid;
+  if others and total > 1 then
+    raise exception using errcode = 'RC004', message = 'the table changed users whom no call names';
+  end if;
+  if cid is not null and jsonb_path_exists(calls, '$[*].grant') then
+    select c.role into r
+    from rolecache.changes ch
+    cross join lateral (values (nullif(ch.old_role, '')), (nullif(ch.new_role, ''))) c (role)
+    where ch.commit_id = cid and c.role <> default_role and exists (
+      select from jsonb_to_recordset(calls) x (n int, "user" bigint, "from" bigint, "to" bigint, "grant" jsonb)
+      where x."grant" is not null and not x."grant" ? c.role
+        and outcomes[x.n + 1] in ('changed', 'same') and commit_ids[x.n + 1] is null and revisions[x.n + 1] is null
+        and (total = 1 or ch.user_id in (x."user", x."from", x."to"))
+    )
+    limit 1;
+    if r is not null then
+      raise exception using errcode = 'RC003', message = r;
+    end if;
+  end if;
+  if others then
+    update rolecache.changes ch set origin = 1, actor = calls->0->>'actor', reason = calls->0->>'reason'
+    where ch.commit_id = cid;
+  end if;
+  if array_length(must_log, 1) > 0 then
+    perform set_config('enable_hashjoin', 'on', true);
     update rolecache.changes ch
     set origin = 1, actor = w.actor, reason = w.reason, transfer_from = w."from", transfer_to = w."to",
       mailbox_id = w.mailbox, username = case when named then ch.username else coalesce(w.name, ch.username) end

@@ -238,9 +238,20 @@ impl Failure {
 
     /// Whether PostgreSQL was inside this function of ours.
     pub(super) fn is_in(&self, function: &str) -> bool {
-        let Self::Sql(sqlx::Error::Database(error)) = self else { return false };
-        let error = error.try_downcast_ref::<PgDatabaseError>();
-        error.and_then(PgDatabaseError::r#where).is_some_and(|context| context.contains(function))
+        self.context().is_some_and(|context| context.contains(function))
+    }
+
+    /// Whether PostgreSQL was inside a function that is none of ours: a trigger of the table's own.
+    pub(super) fn is_in_a_foreign_function(&self) -> bool {
+        let functions = ["PL/pgSQL function ", "SQL function "];
+        let is_function = |line: &&str| functions.iter().any(|begin| line.starts_with(begin));
+        let innermost = self.context().and_then(|context| context.lines().find(is_function));
+        innermost.is_some_and(|line| !line.contains(" function rolecache."))
+    }
+
+    fn context(&self) -> Option<&str> {
+        let Self::Sql(sqlx::Error::Database(error)) = self else { return None };
+        error.try_downcast_ref::<PgDatabaseError>().and_then(PgDatabaseError::r#where)
     }
 
     /// Whether it says so at once; one that is silent may be sound.

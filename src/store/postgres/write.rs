@@ -62,6 +62,8 @@ enum Trouble {
     /// Somebody has numbered a commit long before ending it: nobody can commit, whatever is halved.
     FeedHeld,
     Rejected(Cause),
+    /// Somebody was changed whom no call names, and it is not known by which.
+    Entangled(Cause),
     /// The role that some call would have given or taken by way of the table's own triggers and keys.
     NotGranted(RoleName),
     Broken(Cause),
@@ -272,7 +274,7 @@ impl Trouble {
     fn is_worth_halving(&self, started: Instant) -> bool {
         match self {
             Self::Contended => started.elapsed() < CONTENTION_LIMIT,
-            Self::Rejected(_) | Self::NotGranted(_) | Self::Broken(_) => true,
+            Self::Rejected(_) | Self::Entangled(_) | Self::NotGranted(_) | Self::Broken(_) => true,
             Self::Unsent(_) | Self::Unknown(_) | Self::FeedHeld => false,
         }
     }
@@ -284,7 +286,8 @@ impl Trouble {
             Self::Contended | Self::FeedHeld => WriteError::Busy,
             Self::Rejected(cause) => WriteError::Refused(Refusal::Rejected { cause: cause.to_string() }),
             Self::NotGranted(role) => WriteError::Refused(Refusal::NotGranted { role: role.clone() }),
-            Self::Broken(cause) => WriteError::Broken(Arc::clone(cause)),
+            // One call alone is always told apart.
+            Self::Entangled(cause) | Self::Broken(cause) => WriteError::Broken(Arc::clone(cause)),
         }
     }
 }
@@ -307,6 +310,7 @@ impl From<Failure> for Trouble {
             "57014" => Self::Unsent(failure.cause()),
             "42501" => Self::Rejected(failure.cause()),
             "RC002" => Self::Broken(failure.cause()),
+            "RC004" => Self::Entangled(failure.cause()),
             "RC003" => match failure.message() {
                 Some(role) if !role.is_empty() => Self::NotGranted(RoleName::held(&role)),
                 _ => Self::Broken(failure.cause()),
@@ -314,6 +318,8 @@ impl From<Failure> for Trouble {
             _ => match &code[..2] {
                 "08" | "57" => Self::Unknown(failure.cause()),
                 "25" | "53" | "58" => Self::Unsent(failure.cause()),
+                // A trigger of the table's own that is wrong, or that looks for its tables in a search_path which is not ours.
+                _ if failure.is_in_a_foreign_function() => Self::Rejected(failure.cause()),
                 "0A" | "42" | "54" | "55" | "F0" | "XX" => Self::Broken(failure.cause()),
                 // Data, constraints, and whatever a trigger of the table raises.
                 _ => Self::Rejected(failure.cause()),

@@ -54,6 +54,23 @@ async fn a_user_whom_somebody_is_inserting_is_busy_and_nobody_elses_matter() {
     assert_eq!(store.write(&[set(2, "admin")]).await[0].as_ref().unwrap().changes.len(), 1);
 }
 
+/// It finds its own tables in a search path that is not the writer's: nobody's bug but the trigger's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trigger_that_finds_no_table_rejects_the_write() {
+    let (database, store) = fresh().await;
+    psql(
+        &database.url,
+        "create table notes (what text);
+         create function note() returns trigger language plpgsql as
+           $$ begin insert into notes values (new.role); return null; end $$;
+         create trigger note after insert on users for each row when (new.role = 'admin') execute function note()",
+    );
+    let answers = store.write(&[set(1, "helper"), set(2, "admin")]).await;
+    assert!(answers[0].is_ok(), "{answers:?}");
+    let Err(WriteError::Refused(Refusal::Rejected { cause })) = &answers[1] else { panic!("{answers:?}") };
+    assert!(cause.contains("notes"), "{cause}");
+}
+
 /// Somebody's row is there when ours is to be inserted, and gone when it is looked for: no trigger of the table is to blame.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_who_comes_and_goes_beside_a_write_is_written() {

@@ -267,6 +267,17 @@ pub async fn what_the_table_does_to_others_is_the_callers_doing<F: Fixture>() {
     let head = store.head().await.unwrap();
     assert_eq!(refusal(write(&store, moderating(delete(1))).await), not_granted("admin"));
     assert_eq!(store.head().await.unwrap(), head);
+    // Whoever else names the one it is done to: in vain, or for nothing.
+    for beside in [moderating(set(2, "user")), set(2, "admin")] {
+        let is_for_nothing = beside.grant == Grant::Any;
+        for calls in [[moderating(delete(1)), beside.clone()], [beside.clone(), moderating(delete(1))]] {
+            let cascades = usize::from(calls[0] == beside);
+            let answers = store.write(&calls).await;
+            assert_eq!(refusal(answers[cascades].clone()), not_granted("admin"));
+            assert_eq!(answers[1 - cascades].is_ok(), is_for_nothing, "{answers:?}");
+            assert_eq!((store.head().await.unwrap(), &*role_of(&store, 2).await), (head, "admin"));
+        }
+    }
     // Neither its neighbours, nor who may take an admin away.
     let answers = store.write(&[moderating(set(5, "user")), moderating(delete(1)), moderating(delete(3))]).await;
     let [five, one, three] = <[_; 3]>::try_from(answers).unwrap();
@@ -282,5 +293,13 @@ pub async fn what_the_table_does_to_others_is_the_callers_doing<F: Fixture>() {
         assert!(answers.iter().all(Result::is_ok), "{answers:?}");
         assert_eq!(role_of(&store, 2).await, "user");
     }
+    let log = read_from(&store, head, 100).await;
+    let gone = log.iter().flat_map(|commit| &commit.changes).filter(|change| change.new.is_none());
+    let signed: Vec<_> = gone.map(|it| (it.user.0, it.origin, &*it.actor)).collect();
+    // In the caller's name, as what it asked for.
+    let mut due = [3, 4, 1, 2].map(|user| (user, Origin::Rpc, "bot"));
+    let mut told = signed.clone();
+    (due.sort_by_key(|it| it.0), told.sort_by_key(|it| it.0));
+    assert_eq!(told, due);
     store.close().await;
 }
