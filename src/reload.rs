@@ -10,6 +10,9 @@ use tokio::{task::spawn_blocking, time::sleep};
 /// Of one file: more is none of ours.
 const MOST_BYTES: u64 = 1 << 20;
 
+/// Looks one after the other that find the files changed: they are not being written, they never stop to be.
+const UNSTEADY: u32 = 20;
+
 /// Files that make one thing together.
 #[derive(Clone, Debug)]
 pub struct Files {
@@ -39,6 +42,7 @@ impl Files {
     ) -> Infallible {
         let mut in_use = Ok(known);
         let mut last = in_use.clone();
+        let mut unsteady = 0;
         loop {
             sleep(interval).await;
             let files = self.clone();
@@ -52,6 +56,10 @@ impl Files {
                     Err(problem) => tracing::error!(problem, "{}: what was read before stays in use", self.what),
                 }
                 in_use = found.clone();
+            }
+            unsteady = if found == last { 0 } else { unsteady + 1 };
+            if unsteady == UNSTEADY {
+                tracing::error!("{}: each look finds another content; what was read before stays in use", self.what);
             }
             last = found;
         }

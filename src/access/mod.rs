@@ -59,9 +59,12 @@ pub struct Allowance {
 /// Users and roles in the filters of all watches of one caller, which are held as long as those are open: some 50 MiB.
 const FILTERS: usize = 1_000_000;
 
-/// Snapshots of one caller at once, of the four that are read from the store: who leaves theirs unread is not in everybody's
-/// way.
-const SNAPSHOTS: usize = 3;
+/// Turns of one caller at once, of the four that there are of each kind for what is read from the store: who asks for much, or
+/// leaves it unread, is not in everybody's way.
+const TURNS: usize = 3;
+
+/// Bytes of one caller's large requests at once, a quarter of what there may be of all.
+const BYTES: usize = 16 << 20;
 
 /// Denied calls of one caller that are logged, a second; the others are counted.
 const LOGGED: NonZeroU32 = NonZeroU32::new(10).expect("more than 0");
@@ -94,7 +97,10 @@ struct Share {
     calls: Arc<Semaphore>,
     watches: Arc<Semaphore>,
     filters: Arc<Semaphore>,
+    bytes: Arc<Semaphore>,
     snapshots: Arc<Semaphore>,
+    lists: Arc<Semaphore>,
+    resumes: Arc<Semaphore>,
     denials: Denials,
 }
 
@@ -113,7 +119,7 @@ impl Access {
         let caller = Caller {
             name: ANONYMOUS.into(),
             scopes: Scopes::all(),
-            share: Arc::new(Share::new(allowance, Semaphore::MAX_PERMITS)),
+            share: Arc::new(Share::new(allowance, Semaphore::MAX_PERMITS, Semaphore::MAX_PERMITS)),
             revoked: CancellationToken::new(),
         };
         Self {
@@ -148,7 +154,7 @@ impl Access {
                 let name: Arc<str> = name.into();
                 let share = shares
                     .entry(name.clone())
-                    .or_insert_with(|| Arc::new(Share::new(self.allowance, SNAPSHOTS)))
+                    .or_insert_with(|| Arc::new(Share::new(self.allowance, TURNS, BYTES)))
                     .clone();
                 Arc::new(Caller { name, scopes, share, revoked: CancellationToken::new() })
             });
@@ -220,12 +226,24 @@ impl Caller {
         self.share.calls.clone().try_acquire_owned().ok()
     }
 
+    /// Room for so many more bytes of a large request, as long as it is held.
+    pub fn begin_bytes(&self, bytes: u32) -> Option<OwnedSemaphorePermit> {
+        self.share.bytes.clone().try_acquire_many_owned(bytes).ok()
+    }
+
     /// A turn for one more snapshot, as long as it is held; waits for it.
     pub async fn begin_snapshot(&self) -> OwnedSemaphorePermit {
-        match self.share.snapshots.clone().acquire_owned().await {
-            Ok(turn) => turn,
-            Err(_) => unreachable!("it is never closed"),
-        }
+        turn(&self.share.snapshots).await
+    }
+
+    /// The same for a list from the store.
+    pub async fn begin_list(&self) -> OwnedSemaphorePermit {
+        turn(&self.share.lists).await
+    }
+
+    /// The same for a place in the log from which a watch goes on.
+    pub async fn begin_resume(&self) -> OwnedSemaphorePermit {
+        turn(&self.share.resumes).await
     }
 
     pub fn denials(&self) -> &Denials {
@@ -247,6 +265,13 @@ impl Caller {
     /// Resolves once its credential is gone or has other scopes: nothing that it opened may go on.
     pub async fn revoked(&self) {
         self.revoked.cancelled().await;
+    }
+}
+
+async fn turn(turns: &Arc<Semaphore>) -> OwnedSemaphorePermit {
+    match turns.clone().acquire_owned().await {
+        Ok(turn) => turn,
+        Err(_) => unreachable!("it is never closed"),
     }
 }
 
@@ -272,13 +297,16 @@ impl Denials {
 // === impl Share ===
 
 impl Share {
-    fn new(allowance: Allowance, snapshots: usize) -> Self {
+    fn new(allowance: Allowance, turns: usize, bytes: usize) -> Self {
         Self {
             calls_per_second: allowance.calls_per_second.map(|calls| RateLimiter::direct(Quota::per_second(calls))),
             calls: Arc::new(Semaphore::new(allowance.calls)),
             watches: Arc::new(Semaphore::new(allowance.watches)),
             filters: Arc::new(Semaphore::new(FILTERS)),
-            snapshots: Arc::new(Semaphore::new(snapshots)),
+            bytes: Arc::new(Semaphore::new(bytes)),
+            snapshots: Arc::new(Semaphore::new(turns)),
+            lists: Arc::new(Semaphore::new(turns)),
+            resumes: Arc::new(Semaphore::new(turns)),
             denials: Denials::default(),
         }
     }

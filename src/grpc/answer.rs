@@ -28,12 +28,17 @@ pub(super) struct Answer {
     end: Option<Pin<Box<dyn Future<Output = Fault> + Send>>>,
     /// Its places among what is in flight: what nobody reads stays in memory.
     _places: Places,
-    _active: Active,
+    _active: Option<Active>,
 }
 
 impl Answer {
+    /// One that holds nothing.
+    pub(super) fn last(body: Body) -> Self {
+        Self { body, end: None, _places: [None, None], _active: None }
+    }
+
     pub(super) fn new(body: Body, places: Places, active: Active) -> Self {
-        Self { body, end: None, _places: places, _active: active }
+        Self { body, end: None, _places: places, _active: Some(active) }
     }
 
     /// Ends it with the server, and after so long.

@@ -3,13 +3,14 @@
 use std::{sync::Arc, time::Instant};
 
 use tokio::{
-    sync::{Semaphore, SemaphorePermit},
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{READ_LIMIT, convert, fault::Fault, watch::Watches};
 use crate::{
+    access::Caller,
     cache::RoleCache,
     feed::Feed,
     panics,
@@ -26,6 +27,9 @@ const SNAPSHOTS: usize = 4;
 /// What callers list from the store at once, and what watches look up there; the others wait for their turn.
 const LOOKUPS: usize = 4;
 const RESUMES: usize = 4;
+
+/// Of a caller, and of all.
+pub(super) type Turn<'a> = (OwnedSemaphorePermit, SemaphorePermit<'a>);
 
 pub(super) struct Core {
     pub(super) cache: Arc<RoleCache>,
@@ -86,13 +90,13 @@ impl Core {
     }
 
     /// Waits for a turn to list something from the store.
-    pub(super) async fn lookup(&self) -> Result<SemaphorePermit<'_>, Fault> {
-        turn(&self.lookups).await
+    pub(super) async fn lookup(&self, caller: &Caller) -> Result<Turn<'_>, Fault> {
+        turn(caller.begin_list(), &self.lookups).await
     }
 
     /// Waits for a turn to look up where a watch goes on: lists, which may take long, are not in its way.
-    pub(super) async fn resume(&self) -> Result<SemaphorePermit<'_>, Fault> {
-        turn(&self.resumes).await
+    pub(super) async fn resume(&self, caller: &Caller) -> Result<Turn<'_>, Fault> {
+        turn(caller.begin_resume(), &self.resumes).await
     }
 
     /// Waits until this replica has applied what an answer from the store shows: who sees it and then reads must not
@@ -144,9 +148,10 @@ impl Core {
     }
 }
 
-async fn turn(turns: &Semaphore) -> Result<SemaphorePermit<'_>, Fault> {
-    match timeout(READ_LIMIT, turns.acquire()).await {
-        Ok(Ok(turn)) => Ok(turn),
+/// A caller's own turn first: its others are not in the line of all.
+async fn turn(of_caller: impl Future<Output = OwnedSemaphorePermit>, turns: &Semaphore) -> Result<Turn<'_>, Fault> {
+    match timeout(READ_LIMIT, async { (of_caller.await, turns.acquire().await) }).await {
+        Ok((of_caller, Ok(of_all))) => Ok((of_caller, of_all)),
         _ => Err(Fault::Overloaded),
     }
 }

@@ -92,6 +92,19 @@ impl Door {
     }
 }
 
+/// Says that something which a caller had open has ended with its credential.
+pub(super) fn log_ended(caller: &Caller, method: Method) {
+    let Some(unlogged) = caller.denials().count() else { return };
+    tracing::warn!(
+        target: "rolecache::audit",
+        caller = &*caller.name,
+        method = method.as_str(),
+        reason = %Fault::BadCredentials.denial(),
+        unlogged,
+        "denied from now on"
+    );
+}
+
 /// The bearer token of a call, if it has one.
 fn token(headers: &HeaderMap) -> Result<Option<&[u8]>, Denied> {
     let mut values = headers.get_all(AUTHORIZATION).iter();

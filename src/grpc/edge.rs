@@ -5,7 +5,7 @@
 //! 3. a server that shuts down refuses, so that clients go elsewhere at once;
 //! 4. who may not make the call is denied, before it costs anything;
 //! 5. statuses that tonic makes itself (broken and oversized messages) become those of the contract;
-//! 6. calls in flight are bounded, each caller's and all, before they take memory; watches have bounds of their own, and so
+//! 6. calls in flight are bounded, each caller's and all, and so are the bytes of large ones, before they take memory; watches have bounds of their own, and so
 //!    have the streams that are open to all;
 //! 7. the caller's deadline is kept here: tonic has its server answer CANCELLED.
 
@@ -28,14 +28,17 @@ use super::{
     door::{Asker, Door},
     fault::Fault,
     peer::{Active, Peer},
+    weight::{self, Weight},
 };
 use crate::{
+    access::Caller,
     failpoint,
     proto::{Method, v1::role_cache_service_server::SERVICE_NAME},
 };
 
 /// Where the paths of health begin, and those of both versions of reflection.
 const HEALTH: &str = "/grpc.health.v1.Health/";
+const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";
 const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
 const REFLECTION: &str = "/grpc.reflection.";
 
@@ -43,6 +46,11 @@ const REFLECTION: &str = "/grpc.reflection.";
 /// reflection may have three answers of 23 KB waiting, and ends soon.
 const HEALTH_WATCHES: usize = 10_000;
 const REFLECTIONS: usize = 64;
+
+/// Checks of health at once, and how long the few bytes of one may take to come: who sends half of them keeps others out for
+/// no longer than that.
+const HEALTH_CHECKS: usize = 1_024;
+const HEALTH_CHECK_LIMIT: Duration = Duration::from_secs(1);
 
 const NO_PLACES: Places = [None, None];
 
@@ -52,6 +60,9 @@ pub(super) struct Edge {
     routes: Routes,
     door: Arc<Door>,
     calls: Arc<Semaphore>,
+    /// Bytes of large requests.
+    bytes: Arc<Semaphore>,
+    health_checks: Arc<Semaphore>,
     health_watches: Arc<Semaphore>,
     reflections: Arc<Semaphore>,
     /// Of a call whose caller named no deadline, or a later one.
@@ -62,10 +73,22 @@ pub(super) struct Edge {
 
 impl Edge {
     pub(super) fn new(routes: Routes, door: Arc<Door>, limits: &Limits, shutdown: CancellationToken) -> Self {
-        let [calls, health_watches, reflections] =
-            [limits.calls, HEALTH_WATCHES, REFLECTIONS].map(|places| Arc::new(Semaphore::new(places)));
+        let [calls, bytes, health_checks, health_watches, reflections] =
+            [limits.calls, weight::ALL, HEALTH_CHECKS, HEALTH_WATCHES, REFLECTIONS]
+                .map(|places| Arc::new(Semaphore::new(places)));
         let (deadline, message_bytes) = (limits.deadline, limits.message_bytes);
-        Self { routes, door, calls, health_watches, reflections, deadline, message_bytes, shutdown }
+        Self {
+            routes,
+            door,
+            calls,
+            bytes,
+            health_checks,
+            health_watches,
+            reflections,
+            deadline,
+            message_bytes,
+            shutdown,
+        }
     }
 
     pub(super) async fn call<B>(&self, request: Request<B>, peer: &Arc<Peer>) -> Response<Answer>
@@ -75,7 +98,8 @@ impl Edge {
     {
         let active = peer.begin();
         if is_grpc(request.headers()) && !is_ours(&request) {
-            return self.answer_all(request, active).await;
+            let answered = AssertUnwindSafe(self.answer_all(request, active)).catch_unwind().await;
+            return answered.unwrap_or_else(|panic| refuse(Fault::panic(&*panic)).map(Answer::last));
         }
         let answered = AssertUnwindSafe(self.answer(request, peer, &active)).catch_unwind().await;
         let (response, places) = answered.unwrap_or_else(|panic| (refuse(Fault::panic(&*panic)), NO_PLACES));
@@ -95,9 +119,12 @@ impl Edge {
         let path = request.uri().path();
         let is_health = path.starts_with(HEALTH);
         let goes_on = path == HEALTH_WATCH;
-        let places = match path.starts_with(REFLECTION) {
-            true => Some(&self.reflections),
-            false => Some(&self.health_watches).filter(|_| goes_on),
+        let (places, limit) = match path {
+            HEALTH_CHECK => (Some(&self.health_checks), HEALTH_CHECK_LIMIT.min(self.deadline)),
+            HEALTH_WATCH => (Some(&self.health_watches), self.deadline),
+            path if path.starts_with(REFLECTION) => (Some(&self.reflections), self.deadline),
+            // tonic answers that it is not implemented.
+            _ => (None, self.deadline),
         };
         let Ok(place) = places.map(|places| places.clone().try_acquire_owned()).transpose() else {
             return refuse(Fault::Overloaded).map(|body| Answer::new(body, NO_PLACES, active));
@@ -106,7 +133,7 @@ impl Edge {
             // One that its client does not read is found by its connection.
             active.is_answered();
         }
-        let limit = Instant::now() + self.deadline;
+        let limit = Instant::now() + limit;
         let late = |_| refuse(Fault::Deadline);
         if is_health {
             // It ends its streams itself, with a last word.
@@ -123,7 +150,7 @@ impl Edge {
     /// The answer, and the places among the calls in flight, its caller's and all, that it keeps until it is sent.
     async fn answer<B>(&self, mut request: Request<B>, peer: &Arc<Peer>, active: &Active) -> (Response<Body>, Places)
     where
-        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         if !is_grpc(request.headers()) {
@@ -142,6 +169,10 @@ impl Edge {
             Err(fault) => return (refuse(fault), NO_PLACES),
         };
         active.is_of(&caller);
+        if caller.is_revoked() {
+            // In between. Whoever ends what is open of the revoked may not have seen this one.
+            return (self.deny(&caller, peer, method, Fault::BadCredentials), NO_PLACES);
+        }
         request.extensions_mut().insert(Asker { caller: caller.clone(), peer: peer.clone() });
         let is_watch = method == Method::WatchRoleChanges;
         let places = [caller.begin_call(), self.calls.clone().try_acquire_owned().ok()];
@@ -155,6 +186,8 @@ impl Edge {
         // Of a watch, until it is open: its stream keeps the deadline itself.
         let limit = Instant::now() + self.deadline;
         let until = deadline.map_or(limit, |deadline| deadline.0.min(limit));
+        let weight = Weight::new(caller.clone(), self.bytes.clone());
+        let request = request.map(|body| weight.of(body));
         let answer = async {
             if !is_watch {
                 failpoint::kill!("grpc::handler");
@@ -165,7 +198,7 @@ impl Edge {
             tokio::select! {
                 response = answer => response,
                 // A write that the writer has is told what became of it; one that comes later is refused there.
-                () = caller.revoked(), if !Door::writes(method) => refuse(Fault::BadCredentials),
+                () = caller.revoked(), if !Door::writes(method) => self.deny(&caller, peer, method, Fault::BadCredentials),
             }
         };
         match timeout_at(until, answer).await {
@@ -174,6 +207,11 @@ impl Edge {
             Err(_) if is_watch && until == limit => (refuse(Fault::StoreUnreachable), NO_PLACES),
             Err(_) => (refuse(Fault::Deadline), NO_PLACES),
         }
+    }
+
+    fn deny(&self, caller: &Caller, peer: &Peer, method: Method, fault: Fault) -> Response<Body> {
+        self.door.log(Some(caller), peer, method, &fault);
+        refuse(fault)
     }
 
     async fn route<B>(&self, request: Request<B>) -> Response<Body>

@@ -18,6 +18,7 @@ mod tls;
 mod token;
 mod transport;
 mod watch;
+mod weight;
 
 use std::{
     sync::{Arc, OnceLock},
@@ -132,7 +133,14 @@ impl Grpc {
         let edge = Edge::new(routes.prepare(), door, &limits, ends.gently.clone());
         let connections = TaskTracker::new();
         let watches = limits.watches;
-        let wire = Wire { edge, limits: Arc::new(limits), tls: doors.tls, replaced, ends: ends.clone() };
+        let wire = Wire {
+            edge,
+            limits: Arc::new(limits),
+            tls: doors.tls,
+            replaced,
+            refused: Arc::default(),
+            ends: ends.clone(),
+        };
         let accept = transport::serve(listener, wire, connections.clone());
         let grpc = Self { core, health, connections, watches, started: Instant::now(), ends };
         grpc.set_serving(false).await;

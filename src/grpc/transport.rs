@@ -28,6 +28,7 @@ use super::{
     stream::Begun,
     tls::{self, Tls},
 };
+use crate::access::Denials;
 
 /// Streams of one connection that may have been reset for a client's fault (RUSTSEC-2024-0003).
 const LOCAL_RESETS: usize = 1_024;
@@ -67,6 +68,8 @@ pub(super) struct Wire {
     pub(super) tls: Option<watch::Receiver<Arc<Tls>>>,
     /// Tells whenever callers may have been revoked.
     pub(super) replaced: watch::Receiver<()>,
+    /// Handshakes that came to nothing and are logged.
+    pub(super) refused: Arc<Denials>,
     pub(super) ends: Ends,
 }
 
@@ -118,7 +121,7 @@ async fn connection(stream: TcpStream, address: SocketAddr, wire: Wire) {
     }
     match wire.tls.clone() {
         None => {
-            let begun = begin(&wire, preface(stream)).await;
+            let begun = begin(&wire, address, preface(stream)).await;
             if let Some(stream) = begun {
                 http2(stream, Peer::new(address, Vec::new()), &wire, pending()).await;
             }
@@ -138,7 +141,7 @@ async fn connection(stream: TcpStream, address: SocketAddr, wire: Wire) {
                     .collect();
                 Ok((chain, preface(stream).await?))
             };
-            if let Some((chain, stream)) = begin(&wire, shaken).await {
+            if let Some((chain, stream)) = begin(&wire, address, shaken).await {
                 let names = chain.first().map(tls::names).unwrap_or_default();
                 http2(stream, Peer::new(address, names), &wire, distrusted(newest, chain)).await;
             }
@@ -147,13 +150,19 @@ async fn connection(stream: TcpStream, address: SocketAddr, wire: Wire) {
 }
 
 /// A handshake, in time.
-async fn begin<T>(wire: &Wire, handshake: impl Future<Output = io::Result<T>>) -> Option<T> {
+async fn begin<T>(wire: &Wire, address: SocketAddr, handshake: impl Future<Output = io::Result<T>>) -> Option<T> {
     let begun = tokio::select! {
         begun = timeout(wire.limits.handshake, handshake) => begun,
         () = wire.ends.gently.cancelled() => return None,
     };
     match begun {
         Ok(Ok(begun)) => return Some(begun),
+        // What rustls refuses, a certificate among it.
+        Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
+            if let Some(unlogged) = wire.refused.count() {
+                tracing::warn!(target: "rolecache::audit", peer = %address, reason = %error, unlogged, "denied: no TLS");
+            }
+        }
         Ok(Err(error)) => tracing::debug!(%error, "a connection did not come about"),
         Err(_) => tracing::debug!("a connection did not come about in time"),
     }
@@ -217,6 +226,7 @@ where
                 ended = connection => ended,
                 () = ends.hard.cancelled() => return,
                 () = after(limit) => return,
+                () = revoked(&peer, wire.replaced.clone()) => return,
             }
         }
     };

@@ -23,12 +23,15 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{Core, convert, fault::Fault, snapshot::SnapshotReader, token::Resume};
+use super::{Core, convert, door::log_ended, fault::Fault, snapshot::SnapshotReader, token::Resume};
 use crate::{
     access::Caller,
     failpoint,
     feed::CursorError,
-    proto::v1::{self, watch_role_changes_response::Event},
+    proto::{
+        Method,
+        v1::{self, watch_role_changes_response::Event},
+    },
     role::{Anchor, Change, ChangeKind, Commit, RoleName, UserId, UserRow},
     step::{FeedState, History},
     store::LogError,
@@ -88,7 +91,7 @@ pub(super) async fn open(
     let filtered = (filter.users.len() + filter.roles.len()) as u32;
     let places = caller.begin_watch(filtered).ok_or(Fault::TooManyWatches)?;
     let open = core.watches.enter()?;
-    let start = start(&core, &request.after, request.initial_snapshot).await?;
+    let start = start(&core, &caller, &request.after, request.initial_snapshot).await?;
     let watch = Watch { core, caller, filter, interval, deadline, _open: open, _places: places };
     Ok(caught(watch.run(start)))
 }
@@ -99,7 +102,7 @@ fn caught(stream: impl Stream<Item = Result<v1::WatchRoleChangesResponse, Status
     Box::pin(AssertUnwindSafe(stream).catch_unwind().map(told))
 }
 
-async fn start(core: &Core, after: &str, initial_snapshot: bool) -> Result<Start, Fault> {
+async fn start(core: &Core, caller: &Caller, after: &str, initial_snapshot: bool) -> Result<Start, Fault> {
     // Of before the look into the store: should its history change in between, the cursor ends.
     let place = core.step.settled().await;
     if after.is_empty() {
@@ -107,7 +110,7 @@ async fn start(core: &Core, after: &str, initial_snapshot: bool) -> Result<Start
     }
     let resume = Resume::parse(after)
         .map_err(|_| Fault::field("after", "it is neither a resume_token of this service nor a revision"))?;
-    let _turn = core.resume().await?;
+    let _turn = core.resume(caller).await?;
     let located = match resume {
         Resume::After { store_id, anchor } if store_id == core.store.facts().store_id => {
             core.store.locate(anchor.revision, Some(anchor.tag)).await
@@ -219,7 +222,10 @@ impl Watch {
                         }
                         Err(Fault::ShuttingDown)?;
                     }
-                    Happened::Revoked => Err(Fault::BadCredentials)?,
+                    Happened::Revoked => {
+                        log_ended(&self.caller, Method::WatchRoleChanges);
+                        Err(Fault::BadCredentials)?
+                    }
                     Happened::Deadline => Err(Fault::Deadline)?,
                 }
             }
@@ -255,7 +261,10 @@ impl Watch {
     async fn unless_over<T>(&self, step: impl Future<Output = T>) -> Result<T, Fault> {
         tokio::select! {
             () = self.core.shutdown.cancelled() => Err(Fault::ShuttingDown),
-            () = self.caller.revoked() => Err(Fault::BadCredentials),
+            () = self.caller.revoked() => {
+                log_ended(&self.caller, Method::WatchRoleChanges);
+                Err(Fault::BadCredentials)
+            }
             () = self.deadline() => Err(Fault::Deadline),
             done = step => Ok(done),
         }

@@ -1,5 +1,7 @@
 //! Who is let in, and to what: every RPC by every way to show who one is, and what a writer may not touch.
 
+use std::num::NonZeroU32;
+
 use rcgen::{CertificateParams, DnType, SanType};
 use rolecache::{
     access::credentials::Credential,
@@ -12,6 +14,7 @@ use rolecache::{
         },
     },
 };
+use tokio::net::TcpStream;
 use tonic::{Code, Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
@@ -20,11 +23,15 @@ use crate::support::{
     calls::refused,
     doors::{Ca, House, Identity, Rpc, Shown, certificate, plain, rpc, token},
     logs,
+    raw::SERVICE,
     server::{Db, PATIENCE, Setup, TestServer},
     watch::reason,
 };
 
-on_both! { a_manager_of_moderators_neither_makes_nor_unmakes_an_admin }
+on_both! {
+    a_manager_of_moderators_neither_makes_nor_unmakes_an_admin,
+    what_a_mailbox_sets_off_needs_the_grant_too,
+}
 
 const SCOPES: [&str; 7] = ["read", "watch", "list", "write", "mailbox", "transfer", "stats"];
 
@@ -265,6 +272,94 @@ async fn a_manager_of_moderators_neither_makes_nor_unmakes_an_admin(db: Db) {
         let is_told = |line: &String| line.contains("denied") && line.contains(method) && line.contains(reason);
         assert!(lines.iter().any(is_told), "{method} {reason} is not in {lines:#?}");
     }
+}
+
+/// A trigger of the bot's own makes the creator of a mailbox an admin.
+async fn what_a_mailbox_sets_off_needs_the_grant_too(db: Db) {
+    let house = House::new();
+    house.admit(&[token("shop", "1", "mailbox write:moderator"), token("boss", "2", "mailbox write list")]);
+    let server = house.closed(Setup::new(&db)).serve().await;
+    let promote = |users: &str| {
+        format!(
+            "insert into {users} (user_id, role) values (new.creator_id, 'admin')
+             on conflict (user_id) do update set role = 'admin';"
+        )
+    };
+    db.sql(&match db.is_postgres() {
+        true => format!(
+            "create function promote() returns trigger language plpgsql as $$ begin {} return null; end $$;
+             create trigger promote after insert on mailboxes for each row execute function promote();",
+            promote("public.users")
+        ),
+        false => format!("create trigger promote after insert on mailboxes begin {} end;", promote("users")),
+    });
+    let [mut shop, mut boss] = [plain(server.address, Some("1")).await, plain(server.address, Some("2")).await];
+    let before = db.contents();
+    let mailbox = RegisterMailboxRequest { mailbox_id: 9, creator_id: 5 };
+    let outcome = shop.register_mailbox(mailbox).await;
+    assert_eq!(refused(outcome, Code::PermissionDenied, "SCOPE_MISSING")["scope"], "write:admin");
+    assert_eq!(db.contents(), before);
+    boss.register_mailbox(mailbox).await.unwrap();
+    let log = boss.list_role_changes(ListRoleChangesRequest::default()).await.unwrap().into_inner().changes;
+    let told: Vec<_> = log.iter().map(|change| (change.user_id, &*change.new_role, &*change.actor)).collect();
+    assert_eq!(told, [(5, "admin", "boss")]);
+}
+
+/// Whoever it is, and why not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_denial_is_in_the_log() {
+    logs::capture();
+    let house = House::new();
+    house.admit(&[token("denied-often", "1", "read watch"), certificate("c", "c.test", "read")]);
+    let db = Db::sqlite();
+    let mut setup = house.closed(Setup::new(&db));
+    setup.doors.allowance.calls_per_second = NonZeroU32::new(2);
+    let server = setup.serve().await;
+    let is_told = |who: String, reason: &str| {
+        let lines = logs::lines_with(&who);
+        let is_it = |line: &String| line.contains("denied") && line.contains("GetRole") && line.contains(reason);
+        assert!(lines.iter().any(is_it), "{reason} of {who} is not in {lines:#?}");
+    };
+    for (secret, reason) in [(None, "NO_CREDENTIALS"), (Some("wrong"), "BAD_CREDENTIALS")] {
+        let stream = TcpStream::connect(server.address).await.unwrap();
+        let peer = format!("peer={}", stream.local_addr().unwrap());
+        let (mut sender, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        let mut head = http::Request::post(format!("http://{}/{SERVICE}/GetRole", server.address));
+        head = head.header("content-type", "application/grpc").header("te", "trailers");
+        if let Some(secret) = secret {
+            head = head.header("authorization", format!("Bearer {secret}"));
+        }
+        let (answer, _request): (_, h2::SendStream<bytes::Bytes>) =
+            sender.send_request(head.body(()).unwrap(), false).unwrap();
+        assert_eq!(answer.await.unwrap().headers()["grpc-status"], "16");
+        is_told(peer, reason);
+    }
+    let mut client = plain(server.address, Some("1")).await;
+    let mut watch = client.watch_role_changes(WatchRoleChangesRequest::default()).await.unwrap().into_inner();
+    watch.message().await.unwrap();
+    while client.get_role(GetRoleRequest { user_id: 1, ..Default::default() }).await.is_ok() {}
+    is_told("denied-often".into(), "RATE_LIMITED");
+    // A watch that was let in, and whose caller is revoked.
+    house.admit(&[token("other", "2", "read")]);
+    let ended = tokio::time::timeout(PATIENCE, watch.message()).await.expect("it ends").unwrap_err();
+    assert_eq!(ended.code(), Code::Unauthenticated);
+    let lines = logs::lines_with("denied-often");
+    let is_it = |line: &String| line.contains("denied from now on") && line.contains("WatchRoleChanges");
+    assert!(lines.iter().any(is_it), "{lines:#?}");
+
+    // One who does not even get as far as HTTP/2.
+    let server = house.tls(Setup::new(&db), true).start().await;
+    let stranger = Ca::new("strangers").sign(&["c.test"]);
+    let refused = async {
+        loop {
+            let _ = house.connect(server.address, Some(&stranger)).await;
+            if !logs::lines_with("denied: no TLS").is_empty() {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, refused).await.expect("it is told");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

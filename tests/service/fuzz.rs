@@ -13,9 +13,11 @@ use std::{
 };
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use bytes::Bytes;
 use clap::Parser;
 use fastrand::Rng;
 use futures::FutureExt;
+use http::HeaderValue;
 use rolecache::{
     access::credentials,
     config::ServeArgs,
@@ -30,6 +32,7 @@ use tonic_types::StatusExt;
 
 use crate::support::{
     child::ChildServer,
+    doors::{House, token},
     raw::{Raw, SERVICE, frame, frame_bytes},
     server::Db,
 };
@@ -173,9 +176,9 @@ fn is_of_the_contract(status: &Status) {
 }
 
 /// Answers each request by `ask` within time, and is there at the end.
-async fn service(target: &str, ask: impl AsyncFn(&mut Raw, &[u8]) -> Vec<Status>) {
+async fn service(target: &str, args: &[&str], ask: impl AsyncFn(&mut Raw, &[u8]) -> Vec<Status>) {
     let db = Db::sqlite();
-    let server = ChildServer::serve(&db.url(), &["--roles", "user,admin,moderator"]).await;
+    let server = ChildServer::serve(&db.url(), &[&["--roles", "user,admin,moderator"], args].concat()).await;
     let mut raw = Raw::connect(server.address).await;
     let mut inputs = Inputs::of(target);
     while let Some(input) = inputs.next() {
@@ -185,21 +188,44 @@ async fn service(target: &str, ask: impl AsyncFn(&mut Raw, &[u8]) -> Vec<Status>
         inputs.judge(&input, outcome, begun.elapsed(), LIMIT);
     }
     assert!(!server.logged("panicked"), "{:#?}", server.log());
-    server.client.clone().get_role(GetRoleRequest { user_id: 1, ..Default::default() }).await.expect("it serves on");
+    let answer = raw.send("GetRole", frame(&GetRoleRequest { user_id: 1, ..Default::default() })).await;
+    let code = answer.status.expect("it serves on").code();
+    assert!(matches!(code, Code::Ok | Code::Unauthenticated), "{code:?}");
 }
 
-/// The first byte says which method.
+/// The first byte says which method, and whether what follows is a message or the whole body.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests() {
     let ask = async |raw: &mut Raw, input: &[u8]| {
-        let (method, message) = input.split_first().unwrap_or((&0, &[]));
-        let method = Method::ALL[usize::from(*method) % Method::ALL.len()];
+        let (first, rest) = input.split_first().unwrap_or((&0, &[]));
+        let body = if *first < 0x80 { frame_bytes(rest) } else { Bytes::copy_from_slice(rest) };
+        let method = Method::ALL[usize::from(first & 0x7f) % Method::ALL.len()];
         let path = format!("/{SERVICE}/{}", method.as_str());
         // A watch that is let in would go on.
         let headers: &[_] = if method == Method::WatchRoleChanges { &[("grpc-timeout", "20m")] } else { &[] };
-        vec![raw.send_to(&path, headers, frame_bytes(message)).await.status.expect("an answer of gRPC")]
+        vec![raw.send_to(&path, headers, body).await.status.expect("an answer of gRPC")]
     };
-    service("requests", ask).await;
+    service("requests", &[], ask).await;
+}
+
+/// A line each: what a caller shows, and its deadline.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn headers() {
+    let house = House::new();
+    house.admit(&[token("bot", "sesame", "read")]);
+    let ask = async |raw: &mut Raw, input: &[u8]| {
+        let text = String::from_utf8_lossy(input);
+        let (shown, deadline) = text.split_once('\n').unwrap_or((&text, ""));
+        let headers = [("authorization", shown), ("grpc-timeout", deadline)];
+        // The others are no HTTP.
+        let headers: Vec<_> = headers.into_iter().filter(|(_, value)| HeaderValue::from_str(value).is_ok()).collect();
+        let get = frame(&GetRoleRequest { user_id: 1, ..Default::default() });
+        let answer = raw.send_to(&format!("/{SERVICE}/GetRole"), &headers, get).await;
+        let status = answer.status.expect("an answer of gRPC");
+        assert!(status.code() != Code::Ok || shown.trim().to_lowercase() == "bearer sesame", "{shown:?} was let in");
+        vec![status]
+    };
+    service("headers", &["--credentials", &house.path("credentials.toml")], ask).await;
 }
 
 /// As a text, and as what such a text is made of, wherever one is taken.
@@ -218,7 +244,7 @@ async fn tokens() {
         }
         told
     };
-    service("tokens", ask).await;
+    service("tokens", &[], ask).await;
 }
 
 /// The row of a request that is asked again, with numbers of the input's in it: whatever stands there, no other role is told.

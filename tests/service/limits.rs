@@ -1,6 +1,7 @@
 //! Each limit acting: what is over it is refused, closed or waits, and what is within it goes on.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     num::NonZeroU32,
     process::Command,
@@ -320,6 +321,79 @@ async fn snapshots_of_each_caller() {
     timeout(PATIENCE, gates.snapshot.arrived()).await.expect("another caller's has its turn");
     gates.snapshot.open();
     timeout(PATIENCE, stream.message()).await.unwrap().unwrap().expect("it starts");
+}
+
+/// Opens calls whose requests are announced longer than what comes of them; those that are answered all the same.
+async fn unfinished(
+    address: SocketAddr,
+    path: &str,
+    secret: Option<&str>,
+    calls: usize,
+    announced: usize,
+    sent: usize,
+) -> (JoinSet<String>, Vec<h2::SendStream<Bytes>>) {
+    let (mut answers, mut open) = (JoinSet::new(), Vec::new());
+    for first in (0..calls).step_by(100) {
+        let (mut sender, connection) = client::handshake(TcpStream::connect(address).await.unwrap()).await.unwrap();
+        tokio::spawn(connection);
+        for _ in first..(first + 100).min(calls) {
+            let mut head = head(address, path);
+            if let Some(secret) = secret {
+                head.headers_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
+            }
+            sender = sender.ready().await.unwrap();
+            let (answer, mut request) = sender.send_request(head, false).unwrap();
+            let mut half = BytesMut::from(&[0_u8][..]);
+            half.put_u32(announced as u32);
+            half.resize(sent, 0);
+            // Whose stream was reset by then is answered.
+            let _ = request.send_data(half.freeze(), false);
+            open.push(request);
+            answers.spawn(async move {
+                let answer = answer.await.expect("an answer");
+                answer.headers().get("grpc-status").map_or(String::new(), |code| code.to_str().unwrap().to_owned())
+            });
+        }
+    }
+    (answers, open)
+}
+
+/// A caller whose large requests never end holds 16 MiB at most, and keeps nobody else from sending large ones.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_of_all_requests_of_a_caller() {
+    let house = House::new();
+    house.admit(&[token("hog", "1", "stats"), token("other", "2", "read")]);
+    let db = Db::sqlite();
+    let server = house.closed(Setup::new(&db)).serve().await;
+    let (announced, sent) = (256 << 10, 200_000);
+    let fit = (16 << 20) / (sent - (4 << 10));
+    let path = format!("{SERVICE}/Stats");
+    let (mut answers, _open) = unfinished(server.address, &path, Some("1"), 200, announced - 5, sent).await;
+    for _ in fit..200 {
+        let answer = timeout(PATIENCE, answers.join_next()).await.expect("what is too much is refused");
+        assert_eq!(answer.unwrap().unwrap(), "8", "RESOURCE_EXHAUSTED");
+    }
+    let mut other = plain(server.address, Some("2")).await;
+    let batch = BatchGetRolesRequest { user_ids: (1..=10_000).collect(), ..Default::default() };
+    other.batch_get_roles(batch).await.expect("another caller has room");
+    assert_eq!(answers.len(), fit, "the others wait for the rest");
+}
+
+/// Nobody needs credentials for them. Who holds all places does so for a second.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn checks_of_health_are_bounded() {
+    let (server, _db) = serve(|_| {}).await;
+    let path = "grpc.health.v1.Health/Check";
+    let (mut answers, _open) = unfinished(server.address, path, None, 1_200, 10, 6).await;
+    let mut told = BTreeMap::new();
+    while let Some(answer) = timeout(PATIENCE, answers.join_next()).await.expect("each is answered") {
+        *told.entry(answer.unwrap()).or_insert(0) += 1;
+    }
+    // Late, and too many.
+    assert_eq!(told.keys().collect::<Vec<_>>(), ["4", "8"], "{told:?}");
+    let mut raw = Raw::connect(server.address).await;
+    let answer = raw.send_to(&format!("/{path}"), &[], frame_bytes(&[])).await;
+    assert_eq!(answer.status.unwrap().code(), Code::Ok, "the places are free");
 }
 
 /// Few callers with many users each, whom the store does not answer, leave room for others.

@@ -1,0 +1,90 @@
+//! What requests weigh on their way in: many large ones that stop before their end, or wait for a slow store, stay in memory
+//! for as long as a deadline lets them.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::Status;
+
+use super::fault::Fault;
+use crate::access::Caller;
+
+/// Of each request, so many bytes weigh nothing: whatever names one user has fewer.
+const FREE: usize = 4 << 10;
+
+/// Of all requests at once, past that.
+pub(super) const ALL: usize = 64 << 20;
+
+/// What one request weighs, kept for as long as somebody works at it.
+#[derive(Clone)]
+pub(super) struct Weight {
+    caller: Arc<Caller>,
+    all: Arc<Semaphore>,
+    held: Arc<Mutex<Vec<OwnedSemaphorePermit>>>,
+}
+
+/// The body of a request, which ends as OVERLOADED where it is too much for its caller or for all.
+pub(super) struct Weighed<B> {
+    body: B,
+    bytes: usize,
+    weight: Weight,
+}
+
+impl Weight {
+    pub(super) fn new(caller: Arc<Caller>, all: Arc<Semaphore>) -> Self {
+        Self { caller, all, held: Arc::default() }
+    }
+
+    pub(super) fn of<B>(&self, body: B) -> Weighed<B> {
+        Weighed { body, bytes: 0, weight: self.clone() }
+    }
+
+    fn add(&self, bytes: usize) -> Result<(), Fault> {
+        let bytes = u32::try_from(bytes).map_err(|_| Fault::Overloaded)?;
+        let of_caller = self.caller.begin_bytes(bytes);
+        let of_all = self.all.clone().try_acquire_many_owned(bytes).ok();
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.extend([of_caller.ok_or(Fault::Overloaded)?, of_all.ok_or(Fault::Overloaded)?]);
+        Ok(())
+    }
+}
+
+impl<B> http_body::Body for Weighed<B>
+where
+    B: http_body::Body<Data = Bytes> + Unpin,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    type Data = Bytes;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else { return Poll::Pending };
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            let before = self.bytes.max(FREE);
+            self.bytes += data.len();
+            let more = self.bytes.saturating_sub(before);
+            if more > 0
+                && let Err(fault) = self.weight.add(more)
+            {
+                return Poll::Ready(Some(Err(Status::from(fault).into())));
+            }
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
