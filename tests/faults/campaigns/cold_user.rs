@@ -25,7 +25,7 @@ const CALLERS: usize = 5_000;
 
 /// Of the short tier, only one round in so many has as many; the others have `FEW`.
 const SHORT: u64 = 100;
-const MANY_EVERY: u64 = 50;
+const MANY_EVERY: u64 = 10;
 const FEW: usize = 250;
 
 /// Connections of a replica's callers: each takes 256 of them.
