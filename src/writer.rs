@@ -26,6 +26,7 @@ use tokio::{
 use self::line::{Line, Taken};
 use crate::{
     failpoint,
+    role::Anchor,
     step::{HistoryEnded, Place, Step},
     store::{Call, Cause, Refusal, Store, WriteError, Written},
 };
@@ -51,6 +52,7 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(5);
 pub struct Writer {
     queue: mpsc::Sender<Pending>,
     step: Step,
+    held_up: Arc<AtomicBool>,
 }
 
 /// The task that commits what callers hand over.
@@ -59,6 +61,8 @@ pub struct WriterTask {
     step: Step,
     queue: mpsc::Receiver<Pending>,
     busy: mpsc::Sender<Pending>,
+    /// Whether the last group found all that it wanted held by others: who had no turn behind it waited for them.
+    held_up: Arc<AtomicBool>,
 }
 
 /// The task that tries again what was held by others.
@@ -108,9 +112,11 @@ struct Pending {
 pub fn writer(store: Arc<dyn Store>, step: Step) -> (Writer, WriterTask, BusyTask) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let (busy_sender, busy_queue) = mpsc::channel(QUEUE);
-    let task = WriterTask { store: store.clone(), step: step.clone(), queue, busy: busy_sender };
+    let held_up = Arc::new(AtomicBool::new(false));
+    let task =
+        WriterTask { store: store.clone(), step: step.clone(), queue, busy: busy_sender, held_up: held_up.clone() };
     let busy = BusyTask { store, step: step.clone(), queue: busy_queue };
-    (Writer { queue: sender, step }, task, busy)
+    (Writer { queue: sender, step, held_up }, task, busy)
 }
 
 // === impl Writer ===
@@ -136,7 +142,12 @@ impl Writer {
         self.queue.try_send(pending).map_err(|_| WriteFailure::Overloaded)?;
         let outcome = match timeout(TURN_LIMIT, &mut outcome).await {
             Ok(outcome) => outcome,
-            Err(_) if !decided.swap(true, Ordering::SeqCst) => return Err(WriteFailure::Unreachable(no_turn())),
+            Err(_) if !decided.swap(true, Ordering::SeqCst) => {
+                return Err(match self.held_up.load(Ordering::SeqCst) {
+                    true => WriteFailure::UserBusy,
+                    false => WriteFailure::Unreachable(no_turn()),
+                });
+            }
             Err(_) => outcome.await,
         };
         // A task that ends takes the process with it; until then the outcome is what it says.
@@ -157,7 +168,14 @@ impl Writer {
             // numbers again, and the tailer is about to find out.
             self.step.proven_anew().await;
         }
-        self.step.reach_in(before.history, written.revision).await
+        self.step.reach_in(before.history, written.revision).await?;
+        // The number alone may be another commit's by now: of a standby that lacks this one and took over before it was read.
+        let is_new = written.revision > before.applied.revision;
+        match written.tag.and_then(|tag| self.step.has(Anchor { revision: written.revision, tag })) {
+            Some(true) => Ok(()),
+            None if !is_new || written.tag.is_none() => Ok(()),
+            _ => Err(HistoryEnded),
+        }
     }
 }
 
@@ -180,7 +198,9 @@ impl WriterTask {
             }
             failpoint::kill!("writer::task");
             line.0.extend(arrived.drain(..));
-            let Committed { again, lost } = commit(&*self.store, &self.step, line.take_group(&Taken::default())).await;
+            let Committed { again, lost, held_up } =
+                commit(&*self.store, &self.step, line.take_group(&Taken::default())).await;
+            self.held_up.store(held_up, Ordering::SeqCst);
             for pending in again {
                 // A full lane means that thousands of rows are held: no more can wait.
                 if let Err(refused) = self.busy.try_send(pending) {
@@ -251,12 +271,14 @@ struct Committed {
     again: Vec<Pending>,
     /// The store could not be reached with them, or fell silent.
     lost: Option<Cause>,
+    /// Others held all that it wanted.
+    held_up: bool,
 }
 
 /// Commits a group and answers its callers.
 async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committed {
     if group.is_empty() {
-        return Committed { again: group, lost: None };
+        return Committed { again: group, lost: None, held_up: false };
     }
     let now = Instant::now();
     let (calls, waiting): (Vec<Call>, Vec<Pending>) = group
@@ -278,9 +300,10 @@ async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committe
         Err(WriteError::OutcomeUnknown(cause)) if silent => Some(cause.clone()),
         _ => None,
     });
+    let held_up = outcomes.iter().all(|outcome| matches!(outcome, Err(WriteError::Busy)));
     let answered = waiting.into_iter().zip(outcomes);
     let again = answered.filter_map(|(pending, outcome)| pending.settle(outcome)).collect();
-    Committed { again, lost }
+    Committed { again, lost, held_up }
 }
 
 fn no_turn() -> Cause {

@@ -359,7 +359,7 @@ end $$;
 -- owner too, so nobody else may make any there; opening the store warns of who can. (Deferred ones run as who commits, up
 -- to PostgreSQL 17.) No schema that others write to is on the path, and each of our names has its schema.
 create function rolecache.write(calls jsonb, store uuid)
-returns table (n int, outcome text, commit_id bigint, revision bigint, detail text, at_us bigint)
+returns table (n int, outcome text, commit_id bigint, revision bigint, tag uuid, detail text, at_us bigint)
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '10ms'
 -- A batch is small and the tables are not, whatever their statistics say: by key, never by reading a table through.
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
@@ -382,6 +382,8 @@ declare
   inserted bigint[];
   must_log bigint[] := '{}'; must_be text[] := '{}'; -- users whose last change has to be this one
   head bigint;
+  head_tag uuid;
+  tags uuid[] := '{}';
   now_at constant timestamptz := clock_timestamp();
   cid bigint;
   k record;
@@ -707,15 +709,16 @@ begin
     perform set_config('enable_hashjoin', 'off', true);
   end if;
 
-  select coalesce(
-    (select c.revision from rolecache.commits c where c.revision is not null order by c.revision desc limit 1),
-    f.trimmed_revision)
-  into head from rolecache.feed f;
+  select coalesce(c.revision, f.trimmed_revision), coalesce(c.tag, f.trimmed_tag) into head, head_tag
+  from rolecache.feed f left join (
+    select c.revision, c.tag from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
+  ) c on true;
   for i in 1 .. total loop
     if outcomes[i] = 'changed' and commit_ids[i] is null then
       commit_ids[i] := cid;
     elsif outcomes[i] = 'same' and revisions[i] is null then
       revisions[i] := head;
+      tags[i] := head_tag;
       times[i] := (extract(epoch from now_at) * 1000000)::bigint;
     end if;
   end loop;
@@ -729,7 +732,7 @@ begin
     where q.actor = x.actor and q.request_id = x.request and q.commit_id is null and q.revision is null;
   end if;
   return query
-  select i - 1, outcomes[i], commit_ids[i], revisions[i], details[i], times[i] from generate_series(1, total) as g(i);
+  select i - 1, outcomes[i], commit_ids[i], revisions[i], tags[i], details[i], times[i] from generate_series(1, total) as g(i);
 end $$;
 
 -- Inserts users that were not there, and answers with those that are ours now. Whom somebody else is inserting at the

@@ -191,6 +191,8 @@ impl Cursor {
             }
             let applied = place.applied.revision;
             match self.feed.look(self.seen()) {
+                // Whoever hears of it and then reads is not answered from before it.
+                Lookup::Next(commit) if commit.revision > self.feed.shared.step.applied() => self.moved().await?,
                 Lookup::Next(commit) if self.position.inside.is_none() && commit.is_whole() => {
                     // A watcher with much before it must not keep a thread from everybody else.
                     consume_budget().await;

@@ -15,7 +15,7 @@ use crate::{
     feed::Feed,
     panics,
     proto::v1,
-    role::{MailboxId, Revision},
+    role::{Anchor, MailboxId},
     step::{FeedState, Step},
     store::{Call, Store, Written},
     writer::{WriteFailure, Writer},
@@ -77,7 +77,10 @@ impl Core {
         use crate::store::WriteError;
         let mailbox = call.mailbox();
         match self.store.write(&[call]).await.remove(0) {
-            Ok(written) => self.applied(written.revision).await.map(|()| written),
+            Ok(written) => match written.tag.map(|tag| Anchor { revision: written.revision, tag }) {
+                Some(seen) => self.applied(seen).await.map(|()| written),
+                None => Ok(written),
+            },
             Err(WriteError::Refused(refusal)) => Err(Fault::write(WriteFailure::Refused(refusal), mailbox)),
             Err(WriteError::Busy) => Err(Fault::write(WriteFailure::UserBusy, mailbox)),
             Err(_) => Err(Fault::write(WriteFailure::OutcomeUnknown, mailbox)),
@@ -101,18 +104,19 @@ impl Core {
 
     /// Waits until this replica has applied what an answer from the store shows: who sees it and then reads must not
     /// get an older role.
-    pub(super) async fn applied(&self, revision: Revision) -> Result<(), Fault> {
+    pub(super) async fn applied(&self, seen: Anchor) -> Result<(), Fault> {
         self.step.nudge();
         let arrived = async {
             let place = self.step.settled().await;
-            if revision <= place.applied.revision {
+            if seen.revision <= place.applied.revision {
                 // Of what this replica has applied, or the store has gone back in time: the next proof tells.
                 self.step.proven_anew().await;
             }
-            self.step.reach_in(place.history, revision).await
+            self.step.reach_in(place.history, seen.revision).await
         };
         match timeout(READ_LIMIT, arrived).await {
-            Ok(Ok(())) => Ok(()),
+            // Of this number, and perhaps not this commit: then what was read is of a store that lacks it by now.
+            Ok(Ok(())) if self.step.has(seen) != Some(false) => Ok(()),
             // The store answers, and this replica has so much to take in that it cannot say when it is as far.
             Err(_) if self.step.feed() == FeedState::CatchingUp => Err(Fault::Overloaded),
             _ => Err(Fault::StoreUnreachable),

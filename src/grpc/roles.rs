@@ -220,7 +220,7 @@ impl RoleCacheService for RoleService {
         let turn = core.lookup(&asker.caller).await?;
         let mut page = core.store.list_users(role, after, limit + 1).await.map_err(Fault::store)?;
         drop(turn);
-        core.applied(page.head.revision).await?;
+        core.applied(page.head).await?;
         let next_page_token = last_of_page(&mut page.users, limit)
             .map_or_else(String::new, |last| UsersPlace { listing, after: last.user }.token());
         let users = page.users.into_iter().map(convert::user_role).collect();
@@ -250,7 +250,7 @@ impl RoleCacheService for RoleService {
         let page = core.store.list_changes(user, from, limit + 1).await;
         drop(turn);
         let mut page = page.map_err(|error| Fault::log(error, core.store.facts().store_id))?;
-        core.applied(page.head.revision).await?;
+        core.applied(page.head).await?;
         // The place of the change that was read beyond the page: the next page starts with it.
         let next_page_token = page.changes.get(limit).map_or_else(String::new, |next| {
             ChangesPlace { listing, revision: next.revision, index: next.change.index, row: next.row }.token()

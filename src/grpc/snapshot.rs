@@ -86,7 +86,7 @@ async fn read(
     let opened = async {
         let snapshot = core.store.snapshot().await.map_err(Fault::store)?;
         // Who learns of a role from the snapshot and then reads must not get an older one.
-        core.applied(snapshot.anchor().revision).await?;
+        core.applied(snapshot.anchor()).await?;
         Ok(snapshot)
     };
     let mut snapshot = match opened.await {

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::SystemTime};
 
 use super::Cause;
-use crate::role::{Change, MailboxId, Revision, RoleName, UserId};
+use crate::role::{Change, MailboxId, Revision, RoleName, Tag, UserId};
 
 /// One write, as a caller asked for it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -64,6 +64,8 @@ pub enum Op {
 pub struct Written {
     /// Of the commit that holds it; of a write with nothing to do, the head as read after its rows were locked.
     pub revision: Revision,
+    /// Of that commit; None of an earlier attempt whose commit is not looked up again.
+    pub tag: Option<Tag>,
     pub at: SystemTime,
     /// What it changed, in order of index; empty where it had nothing to do. Of a transfer first the receiver's.
     pub changes: Vec<Change>,

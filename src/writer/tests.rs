@@ -141,7 +141,8 @@ fn a_first_attempt_that_was_not_sent_is_not_tried_again() {
 #[test]
 fn the_answer_of_the_store_reaches_the_caller() {
     let (call, mut outcome) = set(1);
-    let written = Written { revision: Revision(7), at: std::time::SystemTime::UNIX_EPOCH, changes: Vec::new() };
+    let written =
+        Written { revision: Revision(7), tag: None, at: std::time::SystemTime::UNIX_EPOCH, changes: Vec::new() };
     assert!(call.settle(Ok(written.clone())).is_none());
     assert_eq!(outcome.try_recv().unwrap().unwrap(), written);
 }

@@ -382,7 +382,7 @@ async fn bytes_of_all_requests_of_a_caller() {
 /// Nobody needs credentials for them. Who holds all places does so for a second.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn checks_of_health_are_bounded() {
-    let (server, _db) = serve(|_| {}).await;
+    let (server, _db) = serve(|limits| limits.deadline = 2 * PATIENCE).await;
     let path = "grpc.health.v1.Health/Check";
     let (mut answers, _open) = unfinished(server.address, path, None, 1_200, 10, 6).await;
     let mut told = BTreeMap::new();

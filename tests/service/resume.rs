@@ -540,6 +540,30 @@ async fn the_same_number_in_another_history_proves_nothing() {
     assert_eq!(server.get(1).await.role, "moderator");
 }
 
+/// As where a standby that lacks the commit takes over before it was read, and others commit there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_write_whose_number_another_commit_has_is_not_confirmed() {
+    let db = Db::postgres().await;
+    let gates = Gates::default();
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    let revisions = write(&server, 20).await;
+    server.reach(db.head()).await;
+    gates.read_log.close();
+    gates.read_log.arrived().await;
+    gates.written.close();
+    let lost = server.begin_set(1, "admin");
+    gates.written.arrived().await;
+    assert_eq!(db.head(), revisions[19] + 1);
+    // What is applied stays, and its anchor with it.
+    rewrite(&db, revisions[19]);
+    assert_eq!(db.head(), revisions[19] + 1);
+    gates.written.open();
+    gates.read_log.open();
+    calls::refused(lost.outcome().await, Code::Unknown, "OUTCOME_UNKNOWN");
+    server.reach(db.head()).await;
+    assert_eq!(server.get(1).await.role, "moderator");
+}
+
 /// A small generator, so that a failure can be had again from the seed that it printed.
 pub(crate) struct Random(u64);
 

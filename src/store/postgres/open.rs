@@ -25,6 +25,12 @@ const SERVER: &str = "
     select current_setting('server_version_num')::int as number, current_setting('server_version') as version,
       pg_is_in_recovery() as is_standby, current_database()::text as database";
 
+const LIMITS: &str = "
+    select current_setting('idle_in_transaction_session_timeout') not in ('0', '')
+      and current_setting('default_transaction_isolation') = 'read committed'
+      and current_setting('row_security') = 'off'
+      and current_setting('search_path') like 'pg_catalog%'";
+
 const FEED: &str = "select store_id, default_role, admin_role from rolecache.feed";
 
 const REPAIR: &str = "select rolecache.repair_sequences() as newest";
@@ -47,6 +53,7 @@ pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
             "whoever is between this server and its store can read and change roles: end --database-url with ?sslmode=verify-full"
         );
     }
+    within(LOOK_LIMIT, limits(&mut conn)).await?;
     let about = within(LOOK_LIMIT, server(&mut conn, &url)).await?;
     within(LOOK_LIMIT, rights::check(&mut conn)).await?;
     let adopted = migrate::ensure(&mut conn, options).await?;
@@ -66,6 +73,19 @@ fn can_be_read_on_its_way(url: &PgConnectOptions) -> bool {
         || host == "localhost"
         || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
     !is_here && !matches!(url.get_ssl_mode(), PgSslMode::VerifyFull)
+}
+
+/// Behind a pooler that drops what a session starts with, nothing in the database would have a limit.
+async fn limits(conn: &mut PgConnection) -> Result<(), OpenError> {
+    let arrived: bool = sqlx::query_scalar(LIMITS).fetch_one(conn).await.map_err(Failure::from)?;
+    if arrived {
+        return Ok(());
+    }
+    Err(OpenError::Refused(
+        "what our sessions start with does not arrive at PostgreSQL, as behind a pooler that ignores it: give our database \
+         role the settings that docs/postgresql.md lists for that"
+            .to_owned(),
+    ))
 }
 
 async fn server(conn: &mut PgConnection, url: &PgConnectOptions) -> Result<String, OpenError> {

@@ -190,6 +190,13 @@ impl Drop for Lease {
     fn drop(&mut self) {
         if !self.sound {
             self.conn.close_on_drop();
+            return;
+        }
+        // The pool asks a connection before it takes it back, and would wait for an answer that does not come for as long as
+        // TCP does, with its place among the few.
+        let taken_back = self.conn.return_to_pool();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(tokio::time::timeout(MARGIN, taken_back));
         }
     }
 }
@@ -313,10 +320,7 @@ impl From<Failure> for OpenError {
             "42501" => {
                 "our database role lacks rights on the schema rolecache; docs/postgresql.md has all that it needs"
             }
-            "08P01" => {
-                "our start-up options are refused, as by a pooler; let it ignore them (PgBouncer: \
-                 ignore_startup_parameters = options)"
-            }
+            "08P01" => "our start-up options are refused, as by a pooler: docs/postgresql.md has what to do behind one",
             code if code.starts_with("28") => "PostgreSQL refuses the user or the password of the database URL",
             _ if failure.passes() => return Self::Unreachable(failure.cause()),
             _ => "the store answers what it should not; the log has the cause",

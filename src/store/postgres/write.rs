@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     failpoint,
-    role::{Change, Revision, RoleName, UserId},
+    role::{Change, Revision, RoleName, Tag, UserId},
     store::{Call, Cause, Grant, Op, Refusal, WriteError, Written},
 };
 
@@ -30,11 +30,12 @@ const CONTENTION_LIMIT: Duration = Duration::from_millis(500);
 const RESULT_LIMIT: Duration = Duration::from_secs(5);
 
 // $1 calls, $2 store id
-const WRITE: &str = "select n, outcome, commit_id, revision, detail, at_us from rolecache.write($1, $2) order by n";
+const WRITE: &str =
+    "select n, outcome, commit_id, revision, tag, detail, at_us from rolecache.write($1, $2) order by n";
 
 // $1 commit ids, $2 users
 const RESULT: &str = "
-    select c.id, c.revision, (extract(epoch from c.committed_at) * 1000000)::bigint as at_us, ch.*
+    select c.id, c.revision, c.tag, (extract(epoch from c.committed_at) * 1000000)::bigint as at_us, ch.*
     from rolecache.commits c
     left join lateral (
       select row_number() over (order by x.seq) - 1 as place, x.seq, x.user_id, x.old_role, x.new_role, x.username,
@@ -72,6 +73,7 @@ enum Trouble {
 /// A commit as its calls see it.
 struct Record {
     revision: Revision,
+    tag: Tag,
     at: std::time::SystemTime,
     changes: Vec<Change>,
 }
@@ -224,7 +226,8 @@ fn outcome(row: &PgRow) -> Result<Outcome, Failure> {
         "same" => {
             let revision = Revision(row.try_get("revision")?);
             let at = rows::time(row.try_get("at_us")?);
-            return Ok(Outcome::Answered(Box::new(Ok(Written { revision, at, changes: Vec::new() }))));
+            let tag = row.try_get::<Option<uuid::Uuid>, _>("tag")?.map(Tag);
+            return Ok(Outcome::Answered(Box::new(Ok(Written { revision, tag, at, changes: Vec::new() }))));
         }
         "underway" => return Ok(Outcome::Answered(Box::new(Err(WriteError::Underway)))),
         "busy" => return Ok(Outcome::Answered(Box::new(Err(WriteError::Busy)))),
@@ -246,8 +249,9 @@ fn results(rows: &[PgRow]) -> Result<HashMap<i64, Record>, Failure> {
         let revision = row.try_get::<Option<i64>, _>("revision")?;
         let revision = Revision(revision.ok_or_else(|| Failure::shape("a commit has no revision"))?);
         let at = rows::time(row.try_get("at_us")?);
+        let tag = Tag(row.try_get("tag")?);
         let result: &mut Record =
-            results.entry(row.try_get("id")?).or_insert_with(|| Record { revision, at, changes: Vec::new() });
+            results.entry(row.try_get("id")?).or_insert_with(|| Record { revision, tag, at, changes: Vec::new() });
         let index = row.try_get::<Option<i64>, _>("place")?.unwrap_or(0);
         result.changes.extend(rows::change(row, index.unsigned_abs())?.map(|(_, change)| change));
     }
@@ -256,7 +260,8 @@ fn results(rows: &[PgRow]) -> Result<HashMap<i64, Record>, Failure> {
 
 fn result(call: &Call, result: Option<&Record>) -> Answer {
     let result = result.ok_or(WriteError::Forgotten)?;
-    Ok(Written { revision: result.revision, at: result.at, changes: result.changes.clone() }.of(call))
+    let Record { revision, tag, at, changes } = result;
+    Ok(Written { revision: *revision, tag: Some(*tag), at: *at, changes: changes.clone() }.of(call))
 }
 
 fn are_apart(calls: &[Call]) -> bool {

@@ -272,8 +272,10 @@ impl<'a> Batch<'a> {
     fn written(&self, changes: Vec<Change>) -> Written {
         match self.commit {
             // What a call without changes found may be what one before it in this batch left.
-            Some((commit, at)) if self.size > 0 => Written { revision: commit.revision, at, changes },
-            _ => Written { revision: self.head.revision, at: now(), changes },
+            Some((commit, at)) if self.size > 0 => {
+                Written { revision: commit.revision, tag: Some(commit.tag), at, changes }
+            }
+            _ => Written { revision: self.head.revision, tag: Some(self.head.tag), at: now(), changes },
         }
     }
 }

@@ -71,7 +71,7 @@ impl Batch<'_> {
         let change = |(index, row): (u64, &SqliteRow)| Ok(Change { index, ..rows::change(row, 0)?.change });
         let changes =
             (before.first_index.unsigned_abs()..).zip(&found).map(change).collect::<Result<_, StoreError>>()?;
-        Ok(Ok(Written { revision: before.revision, at: before.at, changes }))
+        Ok(Ok(Written { revision: before.revision, tag: None, at: before.at, changes }))
     }
 
     pub(super) async fn keep(

@@ -299,7 +299,8 @@ pub async fn what_the_table_does_to_others_is_the_callers_doing<F: Fixture>() {
     // In the caller's name, as what it asked for.
     let mut due = [3, 4, 1, 2].map(|user| (user, Origin::Rpc, "bot"));
     let mut told = signed.clone();
-    (due.sort_by_key(|it| it.0), told.sort_by_key(|it| it.0));
+    due.sort_by_key(|it| it.0);
+    told.sort_by_key(|it| it.0);
     assert_eq!(told, due);
     store.close().await;
 }
