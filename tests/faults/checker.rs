@@ -26,6 +26,8 @@ struct Horizon {
 pub struct Excuses {
     /// Reasons of the contract that what is broken here brings about.
     pub reasons: &'static [&'static str],
+    /// Of this replica only; None for any.
+    pub excused: Option<usize>,
     /// When nothing was broken: what began and ended within one has no excuse but an outage.
     pub calms: Vec<(Duration, Duration)>,
     /// When each replica did not run, or was not ready yet, by its number: then, and only then, a connection may break or
@@ -392,7 +394,8 @@ impl Excuses {
     fn cover(&self, what: &str, process: Process, during: [Duration; 2]) -> bool {
         let [begun, ended] = during;
         let is_calm = self.calms.iter().any(|(from, to)| *from <= begun && ended <= *to);
-        (self.reasons.contains(&what) && !is_calm) || self.is_of_an_outage(what, process, during)
+        let is_broken = self.excused.is_none_or(|replica| replica == process.replica);
+        (self.reasons.contains(&what) && is_broken && !is_calm) || self.is_of_an_outage(what, process, during)
     }
 
     fn is_of_an_outage(&self, what: &str, process: Process, [begun, ended]: [Duration; 2]) -> bool {

@@ -1,6 +1,6 @@
 //! Replicas, each a process of its own, over one store, with a proxy in between where a campaign wants one.
 
-use std::{collections::HashMap, net::TcpListener, sync::Mutex, time::Duration};
+use std::{collections::HashMap, net::TcpListener, process::ExitStatus, sync::Mutex, time::Duration};
 
 use rolecache::proto::v1::{
     BatchGetRolesRequest, GetRoleRequest, StatsRequest, StatsResponse,
@@ -213,17 +213,18 @@ impl Replica {
     /// Starts it, and waits until it is ready.
     pub async fn start(&self) {
         let env: Vec<(&str, &str)> = self.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        assert!(self.launch(&env).await, "replica {} ended before it was ready", self.number);
+        let launched = self.launch(&env).await;
+        assert!(launched.is_ok(), "replica {} ended before it was ready: {launched:?}", self.number);
         self.is_back();
     }
 
-    /// The same, to end at a failpoint. False where it ends before it is ready.
-    pub async fn start_to_end_at(&self, point: &str) -> bool {
+    /// The same, to end at a failpoint; Err where that is before it is ready, with how.
+    pub async fn start_to_end_at(&self, point: &str) -> Result<(), Option<ExitStatus>> {
         self.goes_away();
         self.launch(&[("FAILPOINTS", point)]).await
     }
 
-    async fn launch(&self, env: &[(&str, &str)]) -> bool {
+    async fn launch(&self, env: &[(&str, &str)]) -> Result<(), Option<ExitStatus>> {
         {
             let mut life = self.life.lock().unwrap();
             assert!(life.server.is_none(), "it runs");
@@ -244,10 +245,9 @@ impl Replica {
         let server = Start { url: &self.url, port: self.port, args: &args, env: &env, ..Start::default() }
             .spawn()
             .ready_or_ended()
-            .await;
-        let mut life = self.life.lock().unwrap();
-        life.server = server;
-        life.server.is_some()
+            .await?;
+        self.life.lock().unwrap().server = Some(server);
+        Ok(())
     }
 
     fn goes_away(&self) {
@@ -289,17 +289,27 @@ impl Replica {
         self.with(|server| server.memory(figure))
     }
 
-    /// Waits until it has ended by itself, at a failpoint; its log.
-    pub async fn ended(&self, limit: Duration) -> Option<Vec<String>> {
+    pub fn is_up(&self) -> bool {
+        self.life.lock().unwrap().server.is_some()
+    }
+
+    /// Whether it is the same process as then, and nobody is about to end it.
+    pub fn is_still(&self, process: Process) -> bool {
+        let life = self.life.lock().unwrap();
+        life.starts == process.start && life.server.is_some()
+    }
+
+    /// Waits until it has ended by itself; how.
+    pub async fn ended(&self, limit: Duration) -> Option<ExitStatus> {
         let until = Instant::now() + limit;
         loop {
             {
                 let mut life = self.life.lock().unwrap();
                 let server = life.server.as_mut().expect("it ran");
-                if server.has_ended().is_some() {
+                if let Some(status) = server.has_ended() {
                     let server = life.server.take().expect("it ran");
                     self.checks.lock().unwrap().extend(checks(&server));
-                    return Some(server.log());
+                    return Some(status);
                 }
             }
             if Instant::now() > until {

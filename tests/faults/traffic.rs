@@ -1,7 +1,7 @@
 //! Clients: writers, readers and watchers on all replicas, who write down what they are told until they are stopped.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -51,8 +51,9 @@ pub struct Load {
     pub write_to: Option<usize>,
     pub read_from: Option<usize>,
     pub watch_at: Option<usize>,
-    /// What calls may be told by what this campaign breaks.
+    /// What calls may be told by what this campaign breaks, of the replica that it breaks it for; None for any.
     pub excuses: &'static [&'static str],
+    pub excused: Option<usize>,
 }
 
 pub struct Traffic {
@@ -64,6 +65,7 @@ pub struct Traffic {
     watchers: JoinSet<()>,
     watching: CancellationToken,
     excuses: &'static [&'static str],
+    excused: Option<usize>,
     /// While nothing was broken: calls, and those that succeeded.
     calm: [AtomicU64; 2],
     /// When that was.
@@ -82,6 +84,7 @@ impl Default for Load {
             read_from: None,
             watch_at: None,
             excuses: &[],
+            excused: None,
         }
     }
 }
@@ -99,6 +102,7 @@ impl Traffic {
             watchers: JoinSet::new(),
             watching: CancellationToken::new(),
             excuses: load.excuses,
+            excused: load.excused,
             calm: Default::default(),
             calms: Mutex::default(),
         };
@@ -130,7 +134,7 @@ impl Traffic {
     fn caller(&self, load: Load, only: Option<usize>, random: fastrand::Rng) -> Caller {
         let clients = self.cluster.replicas.iter().map(|replica| replica.client()).collect();
         let (cluster, history) = (self.cluster.clone(), self.history.clone());
-        Caller { cluster, clients, history, load, only, believed: HashMap::new(), random }
+        Caller { cluster, clients, history, load, only, believed: BTreeMap::new(), random }
     }
 
     /// Lets it run for `calls` calls that succeed. What it had before a fault has to be a load that deserves the name: Err
@@ -210,7 +214,7 @@ impl Traffic {
         }
         let (reasons, outages) = (self.excuses, self.cluster.outages(&self.history));
         let calms = self.calms.into_inner().unwrap();
-        let excuses = Excuses { reasons, calms, outages };
+        let excuses = Excuses { reasons, excused: self.excused, calms, outages };
         outcome.violated(checker::all(&self.history, log, &excuses));
         outcome.violated(checker::watches_are_complete(&self.history.seen.lock().unwrap(), log));
         let [calls, succeeded] = self.calm.map(AtomicU64::into_inner);
@@ -233,7 +237,7 @@ struct Caller {
     load: Load,
     only: Option<usize>,
     /// The role that it gave a user last, which others may have changed since.
-    believed: HashMap<i64, String>,
+    believed: BTreeMap<i64, String>,
     random: fastrand::Rng,
 }
 

@@ -95,20 +95,23 @@ impl Starting {
     pub async fn ready(self) -> ChildServer {
         let log = self.log.clone();
         match self.ready_or_ended().await {
-            Some(server) => server,
-            None => panic!("the server did not get ready: {:#?}", log.lock().unwrap()),
+            Ok(server) => server,
+            Err(status) => panic!("the server did not get ready, {status:?}: {:#?}", log.lock().unwrap()),
         }
     }
 
-    /// The same; None where it ends before.
-    pub async fn ready_or_ended(self) -> Option<ChildServer> {
-        let Self { process, log, ready } = self;
+    /// The same; Err where it does not get there, with how it ended, if it did.
+    pub async fn ready_or_ended(self) -> Result<ChildServer, Option<ExitStatus>> {
+        let Self { mut process, log, ready } = self;
         let address = tokio::task::spawn_blocking(move || ready.recv_timeout(PATIENCE)).await.unwrap();
         let client = match address {
             Ok(address) => try_client(address).await.map(|client| (address, client)),
             Err(_) => None,
         };
-        client.map(|(address, client)| ChildServer { address, client, log, process })
+        match client {
+            Some((address, client)) => Ok(ChildServer { address, client, log, process }),
+            None => Err(tokio::task::spawn_blocking(move || process.ended(Duration::from_secs(5))).await.unwrap()),
+        }
     }
 }
 
@@ -166,6 +169,18 @@ impl ChildServer {
     pub fn kill(mut self) {
         self.process.0.kill().unwrap();
         self.process.0.wait().unwrap();
+    }
+}
+
+impl Process {
+    fn ended(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let until = std::time::Instant::now() + limit;
+        loop {
+            match self.0.try_wait().unwrap() {
+                None if std::time::Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
+                status => return status,
+            }
+        }
     }
 }
 

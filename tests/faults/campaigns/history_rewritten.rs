@@ -20,7 +20,7 @@ use crate::{
 /// How soon every replica has to find out, from when PostgreSQL accepts connections again.
 const NOTICED: Duration = Duration::from_secs(10);
 
-const AWAY: Duration = Duration::from_millis(2_300);
+const AWAY: std::ops::Range<u64> = 0..3_000;
 
 const USERS: i64 = 30;
 
@@ -70,12 +70,13 @@ async fn run(mut rounds: Rounds) -> Outcome {
         let mut reading = Traffic::start(&cluster, load, &mut rounds.random);
         let weak = reading.run_up(200).await;
         let before = cluster.log().await;
+        let away_for = Duration::from_millis(rounds.random.u64(AWAY));
         let stops = reading.history.now();
         away(&postgres, |data| {
             std::fs::remove_dir_all(data).unwrap();
             copy_all(&copy, data);
-            // Away for longer than an answer may be old.
-            std::thread::sleep(AWAY);
+            // Away for longer than an answer may be old, or for a moment.
+            std::thread::sleep(away_for);
         })
         .await;
         let accepts = Instant::now();

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -48,6 +48,8 @@ struct Counts {
     resumes: AtomicU64,
     inside: AtomicU64,
     after_a_death: AtomicU64,
+    /// Ends that nothing excuses.
+    strange: Mutex<Vec<String>>,
 }
 
 async fn run(mut rounds: Rounds) -> Outcome {
@@ -103,6 +105,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
         seen.push(watcher.seen);
     }
     outcome.violated(checker::watches_are_complete(&seen, &log));
+    outcome.violated(std::mem::take(&mut *counts.strange.lock().unwrap()));
     outcome.fired = counts.resumes.load(Ordering::Relaxed).min(rounds.count);
     let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
     outcome.proves_nothing((of(&counts.inside) == 0).then(|| "nobody stopped inside a commit".to_owned()));
@@ -122,6 +125,7 @@ async fn stop_and_go_on(
     let mut lives: Option<Vec<_>> = None;
     while left.load(Ordering::Relaxed) > 0 {
         let replica = &cluster.replicas[random.usize(..cluster.replicas.len())];
+        let process = replica.process();
         if watcher.open(&mut replica.client()).await.is_err() {
             sleep(Duration::from_millis(random.u64(1..20))).await;
             continue;
@@ -137,7 +141,11 @@ async fn stop_and_go_on(
         let until = Instant::now() + Duration::from_millis(random.u64(1..250));
         let mut messages = random.u32(0..60);
         while messages > 0 && Instant::now() < until && watcher.is_open() {
-            let _ = watcher.next().await;
+            if let Err(status) = watcher.next().await
+                && replica.is_still(process)
+            {
+                counts.strange.lock().unwrap().push(format!("a watch of a replica that was well ended: {status}"));
+            }
             messages -= 1;
         }
         counts.inside.fetch_add(watcher.stop().into(), Ordering::Relaxed);

@@ -1,6 +1,6 @@
 //! A replica dies while writes are on their way: at any moment, and at those that matter most.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, os::unix::process::ExitStatusExt, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use tokio::time::sleep;
@@ -58,12 +58,17 @@ pub(super) async fn kill(mut rounds: Rounds, cluster: &Arc<Cluster>) -> Outcome 
                 victim.kill();
                 let point = format!("{moment}={}*off->1*return", rounds.random.u32(20..120));
                 // Some die so fast that nobody sees them ready.
-                let is_there = victim.start_to_end_at(&point).await;
-                let died = !is_there || victim.ended(Duration::from_secs(10)).await.is_some();
-                if !died {
+                let ended = match victim.start_to_end_at(&point).await {
+                    Ok(()) => victim.ended(Duration::from_secs(10)).await,
+                    Err(ended) => ended,
+                };
+                if let Some(by_itself) = ended.filter(|ended| ended.signal().is_none()) {
+                    outcome.violated([format!("kill {round}: it ended by itself, before {moment}: {by_itself}")]);
+                }
+                if ended.is_none() && victim.is_up() {
                     victim.kill();
                 }
-                died
+                ended.is_some()
             }
         };
         match weak {

@@ -46,6 +46,9 @@ const NOTHING: &str = "nothing to do";
 /// How long a cached read may take: half a second for a proof that does not come, and the rest.
 const READ_ANSWERS: Duration = Duration::from_secs(1);
 
+/// How long a write may take that was on its way: what became of it is looked for.
+const ON_THEIR_WAY: Duration = Duration::from_secs(12);
+
 /// Before it is stuck, and as many again while it is.
 const WRITERS: usize = 16;
 
@@ -190,6 +193,9 @@ impl Met {
                 if write.ended > holds {
                     self.on_their_way.push(took);
                 }
+                if took > ON_THEIR_WAY {
+                    self.found.push(format!("{fault:?} from {begun:.1?}: a write took {took:.1?}: {write:?}"));
+                }
                 continue;
             }
             let what = match &write.told {
@@ -202,10 +208,7 @@ impl Met {
             if fault == Fault::FeedLocked && what == "done" && write.ended < ends {
                 self.found.push(format!("{fault:?}: a write was done: {write:?}"));
             }
-            // Behind one that waits for the lock, a write may not even have its turn.
-            if fault == Fault::FeedLocked
-                && !["done", NOTHING, "USER_BUSY", "STORE_UNREACHABLE"].contains(&what.as_str())
-            {
+            if fault == Fault::FeedLocked && !["done", NOTHING, "USER_BUSY"].contains(&what.as_str()) {
                 self.found.push(format!("{fault:?}: a write was told {what}: {write:?}"));
             }
             *self.answers.entry(format!("{fault:?}: {what}")).or_default() += 1;
