@@ -1,5 +1,6 @@
 //! The command line: what there is, what each command is called, and how each ends.
 
+mod bench;
 mod client;
 mod door;
 mod health;
@@ -60,6 +61,9 @@ enum Command {
     /// Show every change as it commits, through lost connections and restarts of the server
     #[command(after_help = WATCH)]
     Watch(watch::WatchArgs),
+    /// Put a load on a server, and say what it makes of it
+    #[command(after_help = BENCH)]
+    Bench(bench::BenchArgs),
     /// Keep the callers of a server: tokens, certificates, and what each may do
     #[command(subcommand)]
     Token(token::Token),
@@ -87,6 +91,15 @@ Examples:
   ROLECACHE_ROLES=user,helper,admin rolecache serve
 
 SIGTERM and SIGINT end it within 10 seconds, with exit code 0.";
+
+const BENCH: &str = "\
+Examples:
+  rolecache bench get
+  rolecache bench get --rate 5000 --duration 1m --skew 1      # an open loop: no call waits for another
+  rolecache bench watch --watchers 1000 --output json
+
+It shares the machine with the server, if that is here: compare what one run says, and no run with another machine's.
+set, mixed and watch write the roles of users with very high ids.";
 
 const GET: &str = "\
 Examples:
@@ -178,6 +191,7 @@ impl Cli {
             Command::History(args) => reads::history(args).await,
             Command::Stats(args) => reads::stats(args).await,
             Command::Watch(args) => watch::run(args).await,
+            Command::Bench(args) => bench::run(args).await,
             Command::Token(command) => token::run(command),
             Command::Healthcheck(args) => health::run(args).await,
             Command::Completions { shell } => completions(shell),

@@ -240,6 +240,11 @@ fn each_command_has_help_that_names_its_flags() {
             "watch",
             [&client[..], &["--after", "--snapshot", "--user", "--role", "--kind", "--heartbeat", "--count"]].concat(),
         ),
+        (
+            "bench",
+            [&client[..], &["--connections", "--in-flight", "--rate", "--duration", "--users", "--skew", "--batch"]]
+                .concat(),
+        ),
         ("healthcheck", [&client[..], &["--service"]].concat()),
         ("completions", vec!["bash", "zsh", "fish"]),
     ] {
@@ -263,6 +268,51 @@ fn completions_for_each_shell() {
     }
     let parsed = Command::new("bash").args(["-nc", &answer(&["completions", "bash"])]).output().unwrap();
     assert!(parsed.status.success(), "{}", crate::process::said(&parsed));
+}
+
+/// What is measured is for benchmarks to say; that it is measured, for this.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bench_puts_each_load_on_a_server() {
+    let db = Db::sqlite();
+    let server = Process::serve(&db.url(), &[]);
+    let address = server.ready();
+    let to = To(&address);
+    let pid = std::process::id();
+    let few =
+        format!("--duration 300ms --connections 2 --in-flight 3 --users 20 --batch 7 --watchers 5 --server-pid {pid}");
+    for (load, at_most) in [
+        ("get", None),
+        ("get --skew 1.1", None),
+        ("get --rate 100", Some(30)),
+        ("batch", None),
+        ("set", None),
+        ("mixed", None),
+        ("watch --rate 50", Some(5 * 15)),
+    ] {
+        let told = to.json(&format!("bench {load} {few}"));
+        let count = told["count"].as_u64().unwrap();
+        assert!(count > 0 && at_most.is_none_or(|most| count <= most), "{load}: {told}");
+        assert!(told["failures"].as_object().unwrap().is_empty(), "{load}: {told}");
+        let times = ["p50", "p99", "p999", "max"].map(|name| told[name].as_f64().unwrap());
+        assert!(times[0] > 0.0 && times.is_sorted(), "{load}: {told}");
+        assert!(told["serverCpu"].is_number(), "{load}: {told}");
+        assert_eq!(told["usersPerSecond"].is_number(), load == "batch", "{load}: {told}");
+    }
+    let text = to.text(&format!("bench get {few}"));
+    let begin: Vec<&str> = text.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert_eq!(begin, ["calls", "latency", "processor"], "{text}");
+    // Each write is one.
+    let told = to.json("bench set --duration 300ms --connections 1 --in-flight 1 --users 1 --first-user 5");
+    assert!(told["count"].as_u64() > Some(0), "{told}");
+    assert!(db.sql("select count(*) from rolecache_changes where user_id = 5").parse::<u64>().unwrap() > 1);
+    for (line, sentence) in [
+        ("bench get --skew 11", "--skew must be 0 to 10"),
+        ("bench get --first-user 0", "--first-user must be positive"),
+        ("bench get --server-pid 4194305", "/proc/4194305/stat cannot be read"),
+    ] {
+        let (code, err) = to.fails(line);
+        assert!(code == 2 && err.contains(sentence), "{line}: {err}");
+    }
 }
 
 /// Who reads our output and has enough of it ends us, without a word.
