@@ -12,7 +12,7 @@ use std::{
     convert::Infallible,
     io,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -52,7 +52,7 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(5);
 pub struct Writer {
     queue: mpsc::Sender<Pending>,
     step: Step,
-    held_up: Arc<AtomicBool>,
+    held_up: Arc<Mutex<Option<Instant>>>,
 }
 
 /// The task that commits what callers hand over.
@@ -61,8 +61,8 @@ pub struct WriterTask {
     step: Step,
     queue: mpsc::Receiver<Pending>,
     busy: mpsc::Sender<Pending>,
-    /// Whether the last group found all that it wanted held by others: who had no turn behind it waited for them.
-    held_up: Arc<AtomicBool>,
+    /// When a group last found all that it wanted held by others: who has no turn soon after that waits for them.
+    held_up: Arc<Mutex<Option<Instant>>>,
 }
 
 /// The task that tries again what was held by others.
@@ -112,9 +112,14 @@ struct Pending {
 pub fn writer(store: Arc<dyn Store>, step: Step) -> (Writer, WriterTask, BusyTask) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let (busy_sender, busy_queue) = mpsc::channel(QUEUE);
-    let held_up = Arc::new(AtomicBool::new(false));
-    let task =
-        WriterTask { store: store.clone(), step: step.clone(), queue, busy: busy_sender, held_up: held_up.clone() };
+    let held_up = Arc::default();
+    let task = WriterTask {
+        store: store.clone(),
+        step: step.clone(),
+        queue,
+        busy: busy_sender,
+        held_up: Arc::clone(&held_up),
+    };
     let busy = BusyTask { store, step: step.clone(), queue: busy_queue };
     (Writer { queue: sender, step, held_up }, task, busy)
 }
@@ -143,7 +148,8 @@ impl Writer {
         let outcome = match timeout(TURN_LIMIT, &mut outcome).await {
             Ok(outcome) => outcome,
             Err(_) if !decided.swap(true, Ordering::SeqCst) => {
-                return Err(match self.held_up.load(Ordering::SeqCst) {
+                let held_up = *self.held_up.lock().unwrap_or_else(PoisonError::into_inner);
+                return Err(match held_up.is_some_and(|held_up| held_up.elapsed() < TURN_LIMIT) {
                     true => WriteFailure::UserBusy,
                     false => WriteFailure::Unreachable(no_turn()),
                 });
@@ -200,7 +206,9 @@ impl WriterTask {
             line.0.extend(arrived.drain(..));
             let Committed { again, lost, held_up } =
                 commit(&*self.store, &self.step, line.take_group(&Taken::default())).await;
-            self.held_up.store(held_up, Ordering::SeqCst);
+            if held_up {
+                *self.held_up.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+            }
             for pending in again {
                 // A full lane means that thousands of rows are held: no more can wait.
                 if let Err(refused) = self.busy.try_send(pending) {

@@ -386,6 +386,7 @@ declare
   tags uuid[] := '{}';
   now_at constant timestamptz := clock_timestamp();
   cid bigint;
+  cid_tag uuid;
   k record;
   i int;
   j int;
@@ -644,7 +645,7 @@ begin
   end loop;
 
   -- Who and why, on every change of the users that were asked for. A username that the table has no column for lives here.
-  select case when c.revision is null then c.id end into cid
+  select case when c.revision is null then c.id end, c.tag into cid, cid_tag
   from rolecache.commits c where c.xid = pg_current_xact_id_if_assigned() order by c.xid desc, c.id desc limit 1;
   if array_length(must_log, 1) > 0 then
     -- Both sides are as small as the batch here, and pairing them one by one is quadratic.
@@ -665,10 +666,13 @@ begin
 
   -- What the table's own triggers and keys did to others was done by a caller. Where a batch has several, it is found out
   -- call by call by whom, so that it is signed and has been granted.
-  select count(distinct ch.user_id) > coalesce(array_length(must_log, 1), 0) into others
+  select count(*) > coalesce(array_length(must_log, 1), 0) into others
   from rolecache.changes ch where ch.commit_id = cid;
   if others and total > 1 then
-    raise exception using errcode = 'RC004', message = 'the table changed users whom no call names';
+    raise exception using errcode = 'RC004', message = 'the table changed more than the calls ask for';
+  end if;
+  if total = 1 and cid is not null and outcomes[1] not in ('changed', 'same') then
+    raise exception using errcode = 'RC001', message = 'the table changed roles beside a write that was refused';
   end if;
   if cid is not null and jsonb_path_exists(calls, '$[*].grant') then
     select c.role into r
@@ -686,6 +690,8 @@ begin
     end if;
   end if;
   if others then
+    -- Who asked for nothing more than what was there has to see all the same what it set off.
+    outcomes[1] := 'changed';
     update rolecache.changes ch set origin = 1, actor = calls->0->>'actor', reason = calls->0->>'reason'
     where ch.commit_id = cid;
   end if;
@@ -716,6 +722,7 @@ begin
   for i in 1 .. total loop
     if outcomes[i] = 'changed' and commit_ids[i] is null then
       commit_ids[i] := cid;
+      tags[i] := cid_tag;
     elsif outcomes[i] = 'same' and revisions[i] is null then
       revisions[i] := head;
       tags[i] := head_tag;

@@ -47,8 +47,8 @@ const REFLECTION: &str = "/grpc.reflection.";
 const HEALTH_WATCHES: usize = 10_000;
 const REFLECTIONS: usize = 64;
 
-/// Checks of health at once, and how long the few bytes of one may take to come: who sends half of them keeps others out for
-/// no longer than that.
+/// Checks of health at once, and how long the few bytes of one may take to come: who sends half of them, and goes on, can keep
+/// others out.
 const HEALTH_CHECKS: usize = 1_024;
 const HEALTH_CHECK_LIMIT: Duration = Duration::from_secs(1);
 

@@ -215,7 +215,7 @@ where
         () = ends.hard.cancelled() => return,
         () = ends.gently.cancelled() => (None, None),
         () = idle(&peer, limits) => (None, Some(KEEPALIVE_TIMEOUT)),
-        () = revoked(&peer, wire.replaced.clone()) => return,
+        () = revoked(&peer, wire.replaced.clone()) => return cut(&peer),
         () = distrusted => (None, Some(DISTRUSTED_LIMIT)),
     };
     let ended = match ended {
@@ -226,7 +226,7 @@ where
                 ended = connection => ended,
                 () = ends.hard.cancelled() => return,
                 () = after(limit) => return,
-                () = revoked(&peer, wire.replaced.clone()) => return,
+                () = revoked(&peer, wire.replaced.clone()) => return cut(&peer),
             }
         }
     };
@@ -258,6 +258,11 @@ async fn revoked(peer: &Peer, mut replaced: watch::Receiver<()>) {
         }
     }
     pending().await
+}
+
+/// Says that a connection ends on which something of a revoked caller would not.
+fn cut(peer: &Peer) {
+    tracing::warn!(target: "rolecache::audit", peer = %peer.address, "a connection is cut: its caller is revoked");
 }
 
 async fn after(limit: Option<Duration>) {

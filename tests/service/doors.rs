@@ -277,7 +277,7 @@ async fn a_manager_of_moderators_neither_makes_nor_unmakes_an_admin(db: Db) {
 /// A trigger of the bot's own makes the creator of a mailbox an admin.
 async fn what_a_mailbox_sets_off_needs_the_grant_too(db: Db) {
     let house = House::new();
-    house.admit(&[token("shop", "1", "mailbox write:moderator"), token("boss", "2", "mailbox write list")]);
+    house.admit(&[token("shop", "1", "mailbox write:moderator"), token("boss", "2", "mailbox write list read")]);
     let server = house.closed(Setup::new(&db)).serve().await;
     let promote = |users: &str| {
         format!(
@@ -300,6 +300,11 @@ async fn what_a_mailbox_sets_off_needs_the_grant_too(db: Db) {
     assert_eq!(refused(outcome, Code::PermissionDenied, "SCOPE_MISSING")["scope"], "write:admin");
     assert_eq!(db.contents(), before);
     boss.register_mailbox(mailbox).await.unwrap();
+    // What it set off is there for whoever knows that it is done.
+    assert_eq!(
+        boss.get_role(GetRoleRequest { user_id: 5, ..Default::default() }).await.unwrap().into_inner().role,
+        "admin"
+    );
     let log = boss.list_role_changes(ListRoleChangesRequest::default()).await.unwrap().into_inner().changes;
     let told: Vec<_> = log.iter().map(|change| (change.user_id, &*change.new_role, &*change.actor)).collect();
     assert_eq!(told, [(5, "admin", "boss")]);

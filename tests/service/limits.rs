@@ -384,7 +384,7 @@ async fn bytes_of_all_requests_of_a_caller() {
 async fn checks_of_health_are_bounded() {
     let (server, _db) = serve(|limits| limits.deadline = 2 * PATIENCE).await;
     let path = "grpc.health.v1.Health/Check";
-    let (mut answers, _open) = unfinished(server.address, path, None, 1_200, 10, 6).await;
+    let (mut answers, _open) = unfinished(server.address, path, None, 2_000, 10, 6).await;
     let mut told = BTreeMap::new();
     while let Some(answer) = timeout(PATIENCE, answers.join_next()).await.expect("each is answered") {
         *told.entry(answer.unwrap()).or_insert(0) += 1;

@@ -26,7 +26,8 @@ const SERVER: &str = "
       pg_is_in_recovery() as is_standby, current_database()::text as database";
 
 const LIMITS: &str = "
-    select current_setting('idle_in_transaction_session_timeout') not in ('0', '')
+    select not '0' = any(array[current_setting('idle_in_transaction_session_timeout'),
+        current_setting('statement_timeout'), current_setting('lock_timeout')])
       and current_setting('default_transaction_isolation') = 'read committed'
       and current_setting('row_security') = 'off'
       and current_setting('search_path') like 'pg_catalog%'";
@@ -53,7 +54,7 @@ pub async fn open(options: &Options) -> Result<Arc<dyn Store>, OpenError> {
             "whoever is between this server and its store can read and change roles: end --database-url with ?sslmode=verify-full"
         );
     }
-    within(LOOK_LIMIT, limits(&mut conn)).await?;
+    within(LOOK_LIMIT, limits(&url)).await?;
     let about = within(LOOK_LIMIT, server(&mut conn, &url)).await?;
     within(LOOK_LIMIT, rights::check(&mut conn)).await?;
     let adopted = migrate::ensure(&mut conn, options).await?;
@@ -76,8 +77,10 @@ fn can_be_read_on_its_way(url: &PgConnectOptions) -> bool {
 }
 
 /// Behind a pooler that drops what a session starts with, nothing in the database would have a limit.
-async fn limits(conn: &mut PgConnection) -> Result<(), OpenError> {
-    let arrived: bool = sqlx::query_scalar(LIMITS).fetch_one(conn).await.map_err(Failure::from)?;
+async fn limits(url: &PgConnectOptions) -> Result<(), OpenError> {
+    let mut usual = session::connect(&session::session(url, session::STATEMENT_LIMIT)).await?;
+    let arrived: bool = sqlx::query_scalar(LIMITS).fetch_one(&mut usual).await.map_err(Failure::from)?;
+    let _ = tokio::time::timeout(session::CONNECT_LIMIT, usual.close()).await;
     if arrived {
         return Ok(());
     }

@@ -50,8 +50,8 @@ type Answer = Result<Written, WriteError>;
 
 /// What one statement said about one call.
 enum Outcome {
-    /// In this commit, now or at the first attempt.
-    Committed(i64),
+    /// In this commit, now, with its tag, or at the first attempt.
+    Committed(i64, Option<Tag>),
     Answered(Box<Answer>),
 }
 
@@ -145,7 +145,7 @@ impl Postgres {
 
     async fn answers(&self, calls: &[Call], outcomes: Vec<Option<Outcome>>) -> Vec<Answer> {
         let committed = |outcome: &Option<Outcome>| match outcome {
-            Some(Outcome::Committed(id)) => Some(*id),
+            Some(Outcome::Committed(id, _)) => Some(*id),
             _ => None,
         };
         let ids: HashSet<i64> = outcomes.iter().filter_map(committed).collect();
@@ -158,8 +158,9 @@ impl Postgres {
         let results = if ids.is_empty() { Ok(HashMap::new()) } else { self.results(ids, users).await };
         let one = |(call, outcome): (&Call, Option<Outcome>)| match outcome {
             Some(Outcome::Answered(answer)) => *answer,
-            Some(Outcome::Committed(id)) => match &results {
-                Ok(results) => result(call, results.get(&id)),
+            Some(Outcome::Committed(id, tag)) => match &results {
+                // The id may be another commit's by now: of a standby that lacks this one and has taken over.
+                Ok(results) => result(call, results.get(&id).filter(|found| tag.is_none_or(|tag| tag == found.tag))),
                 Err(cause) => Err(WriteError::OutcomeUnknown(Arc::clone(cause))),
             },
             None => Err(WriteError::Broken(Failure::shape("a call was left out").cause())),
@@ -222,7 +223,10 @@ fn outcome(row: &PgRow) -> Result<Outcome, Failure> {
     let role = || Ok::<_, Failure>(RoleName::held(detail()?));
     let user = || detail()?.parse().map(UserId).map_err(Failure::shape);
     let refusal = match row.try_get::<&str, _>("outcome")? {
-        "changed" => return Ok(Outcome::Committed(row.try_get("commit_id")?)),
+        "changed" => {
+            let tag = row.try_get::<Option<uuid::Uuid>, _>("tag")?.map(Tag);
+            return Ok(Outcome::Committed(row.try_get("commit_id")?, tag));
+        }
         "same" => {
             let revision = Revision(row.try_get("revision")?);
             let at = rows::time(row.try_get("at_us")?);

@@ -93,6 +93,11 @@ pub fn delete(user: i64) -> Call {
     call(Op::Delete { user: UserId(user), reason: None })
 }
 
+/// What a caller is told: not by what tag it is known.
+pub fn answer(written: Written) -> Written {
+    Written { tag: None, ..written }
+}
+
 pub fn register(mailbox: i64, creator: i64) -> Call {
     call(Op::Register { mailbox: MailboxId(mailbox), creator: UserId(creator) })
 }

@@ -126,7 +126,7 @@ pub async fn a_request_id_gets_its_first_answer<F: Fixture>() {
 
     for (index, call) in calls.iter().enumerate().skip(1) {
         let again = write(&store, call.clone()).await.unwrap();
-        assert_eq!(&again, first[index].as_ref().unwrap());
+        assert_eq!(answer(again), answer(first[index].clone().unwrap()));
     }
     assert_eq!(first[1].as_ref().unwrap().changes.len(), 2);
     assert_eq!(first[2].as_ref().unwrap().changes.len(), 0, "nothing to do is remembered too");
