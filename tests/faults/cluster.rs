@@ -150,6 +150,11 @@ impl Cluster {
         self.checks().into_iter().filter(|line| line.contains(MISMATCH)).collect()
     }
 
+    /// Whether some of them say so.
+    pub fn compares(&self) -> bool {
+        self.replicas.iter().any(|replica| replica.args.iter().any(|arg| arg == COMPARISONS_TOLD))
+    }
+
     /// How often they looked, of those that say so.
     pub fn comparisons(&self) -> usize {
         self.checks().iter().filter(|line| line.contains(COMPARED)).count()

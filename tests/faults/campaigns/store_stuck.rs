@@ -8,6 +8,7 @@ use rolecache::proto::v1::{GetRoleRequest, Source};
 use tokio::{task::spawn_blocking, time::sleep};
 
 use crate::{
+    asking::until_serving,
     campaign::{Campaign, Outcome, Rounds},
     checker,
     cluster::{Cluster, Plan, postgres},
@@ -105,8 +106,11 @@ async fn run(mut rounds: Rounds, faults: &[Fault], lasts: Duration, limit: Durat
         sleep(lasts).await;
         let ends = traffic.history.now();
         end(fault, &postgres, hold).await;
-        for replica in &cluster.replicas {
+        for (replica, number) in cluster.replicas.iter().zip(0..) {
             met.back.push(replica.until_in_step().await);
+            // Its writer too.
+            let serves = until_serving(&cluster, number, &traffic.history, rounds.random.fork()).await;
+            outcome.violated(serves.err().map(|why| format!("{fault:?} {round}: {why}")));
         }
         // Whatever was on its way is in the book then.
         let weak = weak.and(traffic.run_up(1000).await);

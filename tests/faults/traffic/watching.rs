@@ -96,6 +96,7 @@ impl<'a> Watcher<'a> {
                 seen.opened += 1;
                 if self.token.is_empty() {
                     seen.from = started.revision;
+                    seen.snapshot = None;
                     self.snapshot = Snapshot { revision: started.revision, users: Vec::new() };
                     if !self.wants_snapshot {
                         self.token = started.resume_token;
