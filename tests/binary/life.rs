@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    process::{Process, answer, run, serve},
+    process::{Process, answer, rolecache, run, serve},
     support::{postgres::Postgres, server::Db},
 };
 
@@ -37,7 +37,12 @@ async fn the_start_is_told_in_a_line_each(db: Db) {
         Db::Postgres { url } => url.replace("postgres@", "postgres:sesame@"),
         Db::Sqlite { .. } => db.url(),
     };
-    let mut server = Process::serve(&url, &["--cache-capacity", "1000"]);
+    // Not in the arguments, which others could read.
+    let serve = |args: &[&str]| {
+        let args = [&["serve", "--listen", "127.0.0.1:0"], args].concat();
+        Process::spawn(rolecache(args).env("ROLECACHE_DATABASE_URL", &url))
+    };
+    let mut server = serve(&["--log-format", "json", "--cache-capacity", "1000"]);
     let address = server.ready();
     let told = messages(&server);
     let one = |text: &str| {
@@ -60,7 +65,7 @@ async fn the_start_is_told_in_a_line_each(db: Db) {
     assert!(!server.err.text().contains("sesame"), "a password in the log");
     assert_eq!(messages(&server).last().unwrap(), "stopped");
 
-    let server = Process::serve(&url, &["--log-format", "text", "--cache", "complete"]);
+    let server = serve(&["--log-format", "text", "--cache", "complete"]);
     server.ready();
     let text = server.err.text();
     assert!(!text.contains("WARN"), "nothing is wrong: {text}");
