@@ -6,6 +6,7 @@
 //! away. What finds its row locked moves to a lane of its own and is tried again there, so that it delays nobody else.
 
 mod line;
+mod pending;
 
 use std::{
     collections::VecDeque,
@@ -23,7 +24,10 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use self::line::{Line, Taken};
+use self::{
+    line::{Line, Taken},
+    pending::Pending,
+};
 use crate::{
     failpoint,
     role::Anchor,
@@ -90,22 +94,6 @@ pub enum WriteFailure {
     Overloaded,
     #[error("the store is broken: {0}")]
     Broken(Cause),
-}
-
-/// A call on its way.
-struct Pending {
-    call: Call,
-    answer: oneshot::Sender<Result<Written, WriteFailure>>,
-    /// Whether somebody has decided what becomes of it: the task that begins it, or the caller who gives up before.
-    decided: Arc<AtomicBool>,
-    /// From then on it is tried again only for so long.
-    arrived: Instant,
-    /// Whether it was in a group before.
-    tried: bool,
-    /// When the answer of an attempt was lost, so that no later one can prove that nothing happened.
-    in_doubt_since: Option<Instant>,
-    /// When somebody else's attempt with the same request id was found at it. Whoever gets past it later knows how it ended.
-    behind_since: Option<Instant>,
 }
 
 /// A writer to `store`, and its two tasks.
@@ -316,87 +304,6 @@ async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committe
 
 fn no_turn() -> Cause {
     Arc::new(io::Error::new(io::ErrorKind::TimedOut, "the write before has no answer"))
-}
-
-// === impl Pending ===
-
-impl Pending {
-    /// Nobody waits for it any more, and it is known not to have happened.
-    fn is_abandoned(&self) -> bool {
-        !self.is_in_doubt() && self.answer.is_closed()
-    }
-
-    /// Whether it is still wanted; from then on its caller cannot withdraw it.
-    fn begin(&self) -> bool {
-        self.tried || !self.decided.swap(true, Ordering::SeqCst)
-    }
-
-    /// Answers, or comes back to be tried again.
-    fn settle(mut self, outcome: Result<Written, WriteError>) -> Option<Self> {
-        if !matches!(outcome, Err(WriteError::Underway | WriteError::Unreachable(_) | WriteError::OutcomeUnknown(_))) {
-            self.behind_since = None;
-        }
-        let failure = match outcome {
-            Ok(written) => {
-                // Who does not wait any more is not told.
-                let _ = self.answer.send(Ok(written));
-                return None;
-            }
-            Err(WriteError::Refused(refusal)) => WriteFailure::Refused(refusal),
-            Err(WriteError::Broken(cause)) => WriteFailure::Broken(cause),
-            // To ask again finds out no more.
-            Err(WriteError::Forgotten) => WriteFailure::OutcomeUnknown,
-            Err(WriteError::Busy) if self.may_try_again() => return Some(self),
-            Err(WriteError::Busy) => WriteFailure::UserBusy,
-            Err(WriteError::Unreachable(_)) if self.is_in_doubt() && self.may_try_again() => {
-                return Some(self);
-            }
-            Err(WriteError::Unreachable(cause)) => WriteFailure::Unreachable(cause),
-            Err(WriteError::Underway) => {
-                self.behind_since.get_or_insert_with(Instant::now);
-                if self.may_try_again() {
-                    return Some(self);
-                }
-                WriteFailure::OutcomeUnknown
-            }
-            Err(WriteError::OutcomeUnknown(cause)) => {
-                tracing::warn!(%cause, "a commit was not confirmed");
-                self.in_doubt_since.get_or_insert_with(Instant::now);
-                // The request id finds out: a second attempt waits for the first one and gets its answer.
-                if self.call.request.is_some() && self.may_try_again() {
-                    return Some(self);
-                }
-                WriteFailure::OutcomeUnknown
-            }
-        };
-        self.give_up(failure);
-        None
-    }
-
-    fn is_in_doubt(&self) -> bool {
-        self.in_doubt_since.is_some() || self.behind_since.is_some()
-    }
-
-    fn may_try_again(&self) -> bool {
-        // In doubt it counts from the doubt: to find a connection silent may take longer than the limit.
-        match self.in_doubt_since.or(self.behind_since) {
-            Some(doubt) => doubt.elapsed() < CONFIRM_LIMIT,
-            None => self.arrived.elapsed() < BUSY_LIMIT,
-        }
-    }
-
-    fn give_up(self, failure: WriteFailure) {
-        use WriteFailure::{OutcomeUnknown, Overloaded, Refused, Unreachable, UserBusy};
-        // What a later attempt is told holds for the one in doubt too only where the request id itself refuses both: what it
-        // depends on otherwise may change before that one arrives.
-        let nothing_happened = match &failure {
-            Refused(refusal) => *refusal != Refusal::RequestIdReused,
-            UserBusy | Unreachable(_) | Overloaded => true,
-            OutcomeUnknown | WriteFailure::Broken(_) => false,
-        };
-        let failure = if self.is_in_doubt() && nothing_happened { OutcomeUnknown } else { failure };
-        let _ = self.answer.send(Err(failure));
-    }
 }
 
 #[cfg(test)]

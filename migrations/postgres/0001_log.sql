@@ -647,23 +647,6 @@ begin
   -- Who and why, on every change of the users that were asked for. A username that the table has no column for lives here.
   select case when c.revision is null then c.id end, c.tag into cid, cid_tag
   from rolecache.commits c where c.xid = pg_current_xact_id_if_assigned() order by c.xid desc, c.id desc limit 1;
-  if array_length(must_log, 1) > 0 then
-    -- Both sides are as small as the batch here, and pairing them one by one is quadratic.
-    perform set_config('enable_hashjoin', 'on', true);
-    select min(w.id) into u from unnest(must_log, must_be) as w(id, role)
-    where not exists (
-      select from (
-        select ch.new_role from rolecache.changes ch
-        where ch.commit_id = cid and ch.user_id = w.id order by ch.seq desc limit 1
-      ) l where l.new_role is not distinct from w.role
-    );
-    if u is not null then
-      raise exception using errcode = 'RC001',
-        message = format('a trigger of the table dropped or changed the write of user %s', u);
-    end if;
-    perform set_config('enable_hashjoin', 'off', true);
-  end if;
-
   -- What the table's own triggers and keys did to others was done by a caller. Where a batch has several, it is found out
   -- call by call by whom, so that it is signed and has been granted.
   select count(*) > coalesce(array_length(must_log, 1), 0) into others
@@ -696,7 +679,19 @@ begin
     where ch.commit_id = cid;
   end if;
   if array_length(must_log, 1) > 0 then
+    -- Both sides are as small as the batch here, and pairing them one by one is quadratic.
     perform set_config('enable_hashjoin', 'on', true);
+    select min(w.id) into u from unnest(must_log, must_be) as w(id, role)
+    where not exists (
+      select from (
+        select ch.new_role from rolecache.changes ch
+        where ch.commit_id = cid and ch.user_id = w.id order by ch.seq desc limit 1
+      ) l where l.new_role is not distinct from w.role
+    );
+    if u is not null then
+      raise exception using errcode = 'RC001',
+        message = format('a trigger of the table dropped or changed the write of user %s', u);
+    end if;
     update rolecache.changes ch
     set origin = 1, actor = w.actor, reason = w.reason, transfer_from = w."from", transfer_to = w."to",
       mailbox_id = w.mailbox, username = case when named then ch.username else coalesce(w.name, ch.username) end

@@ -108,7 +108,7 @@ impl<'a> Calls<'a> {
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             }
         }
-        bar.end();
+        drop(bar);
         let each = if args.mode == Mode::Batch { u64::from(args.batch) } else { 1 };
         Ok(Done { samples, took: args.duration, each, whole: args.duration + args.duration / 10 })
     }

@@ -175,8 +175,10 @@ impl Bar {
         });
         Self { bar, ticking }
     }
+}
 
-    pub(super) fn end(self) {
+impl Drop for Bar {
+    fn drop(&mut self) {
         self.ticking.abort();
         self.bar.finish_and_clear();
     }

@@ -29,8 +29,9 @@ use crate::{
 /// Changes a second where no rate is asked for.
 const RATE: u32 = 100;
 
-/// How long the last message may be on its way.
-const LAST: Duration = Duration::from_secs(10);
+/// How long a watch may take to begin, and the last message to arrive.
+const BEGIN: Duration = Duration::from_secs(10);
+const LAST: Duration = Duration::from_secs(1);
 
 /// When each change was asked for, by the number in its reason.
 type Sent = Arc<Mutex<Vec<Instant>>>;
@@ -67,15 +68,10 @@ pub(super) async fn run(plan: &Plan) -> Result<Done, Failure> {
         writer.answer(writer.rpc().set_role(writer.request(request))).await?;
     }
     let took = begun.elapsed();
-    bar.end();
-    // Until nothing comes any more.
-    let last = tokio::spawn({
-        let over = over.clone();
-        async move {
-            sleep(LAST / 10).await;
-            over.cancel();
-        }
-    });
+    drop(bar);
+    // What is on its way still.
+    sleep(LAST).await;
+    over.cancel();
     let mut samples = Samples::new();
     while let Some(followed) = watches.join_next().await {
         match followed {
@@ -83,7 +79,6 @@ pub(super) async fn run(plan: &Plan) -> Result<Done, Failure> {
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
     }
-    last.abort();
     Ok(Done { samples, took, whole: took, each: 1 })
 }
 
@@ -93,7 +88,7 @@ async fn open(client: &Client) -> Result<Streaming<WatchRoleChangesResponse>, Fa
     let opened = rpc.watch_role_changes(WatchRoleChangesRequest::default()).await;
     let mut stream = opened.map_err(|status| failure(&status, None))?.into_inner();
     // The first word, after which it is told of everything.
-    match timeout(LAST, stream.message()).await {
+    match timeout(BEGIN, stream.message()).await {
         Ok(Ok(_)) => Ok(stream),
         Ok(Err(status)) => Err(failure(&status, None)),
         Err(_) => Err(Failure::new(Exit::Unavailable, "a watch did not begin in time")),
