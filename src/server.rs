@@ -30,7 +30,7 @@ use crate::{
     reload::{Contents, Files},
     role::{Commit, RoleName},
     step::{self, FeedState, Step},
-    store::{OpenError, Store},
+    store::{Grant, OpenError, Store},
     writer,
 };
 
@@ -111,7 +111,7 @@ impl Server {
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), ServerError> {
         let Self { options, listener } = self;
         let mut upkeep = Upkeep::default();
-        let doors = doors(&options.doors, &mut upkeep).map_err(ServerError::Refused)?;
+        let doors = doors(&options.doors, &options.roles, &mut upkeep).map_err(ServerError::Refused)?;
         let limits = options.limits.clone();
         let (grpc, accept) = Grpc::new(listener, doors, limits, options.reflection, options.roles.clone()).await;
         let grpc = Arc::new(grpc);
@@ -161,20 +161,21 @@ impl Server {
 }
 
 /// Reads what the doors are made of, and goes on reading it.
-fn doors(options: &DoorOptions, upkeep: &mut Upkeep) -> Result<Doors, String> {
+fn doors(options: &DoorOptions, roles: &[RoleName], upkeep: &mut Upkeep) -> Result<Doors, String> {
     let access = match &options.credentials {
         None => Arc::new(Access::open(options.allowance)),
         Some(path) => {
             let files = Files { what: "credentials", paths: vec![path.clone()] };
             let contents = files.read()?;
-            let known = callers(path, &contents)?;
+            let known = callers(path, &contents, roles)?;
             if known.is_empty() {
                 return Err(format!("{}: it has no caller in it, so nobody could call", path.display()));
             }
             tracing::info!(credentials = known.len(), "doors: closed to all but the callers in {}", path.display());
             let access = Arc::new(Access::closed(known, options.allowance));
-            let (path, replaced) = (path.clone(), access.clone());
-            let take = move |contents: &Contents| callers(&path, contents).map(|callers| replaced.replace(callers));
+            let (path, replaced, roles) = (path.clone(), access.clone(), roles.to_vec());
+            let take =
+                move |contents: &Contents| callers(&path, contents, &roles).map(|callers| replaced.replace(callers));
             upkeep.spawn("credentials", never(files.keep_read(options.reread, contents, take)));
             access
         }
@@ -196,10 +197,19 @@ fn doors(options: &DoorOptions, upkeep: &mut Upkeep) -> Result<Doors, String> {
     Ok(Doors { access, tls })
 }
 
-fn callers(path: &Path, contents: &Contents) -> Result<Vec<Credential>, String> {
+fn callers(path: &Path, contents: &Contents, roles: &[RoleName]) -> Result<Vec<Credential>, String> {
     let text = contents.first().and_then(|contents| std::str::from_utf8(contents).ok());
     let text = text.ok_or_else(|| format!("{}: it is no text", path.display()))?;
-    credentials::parse(text).map_err(|error| format!("{}: {error}", path.display()))
+    let callers = credentials::parse(text).map_err(|error| format!("{}: {error}", path.display()))?;
+    for Credential { name, scopes, .. } in &callers {
+        // By a slip such as `write:moderatr` nobody gets too much, but somebody wonders. What stands there may be a secret.
+        if let Grant::Only(granted) = scopes.grant()
+            && granted.iter().any(|role| !roles.contains(role))
+        {
+            tracing::warn!("{}: {name} has the scope of a role that no write may set", path.display());
+        }
+    }
+    Ok(callers)
 }
 
 /// Waits for the store with growing pauses; a store that refuses is not asked again.

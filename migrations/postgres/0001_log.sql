@@ -343,6 +343,16 @@ begin
   return number;
 end $$;
 
+-- The newest commit that its caller's snapshot has. All of them have a prefix of the log: commits end in the order of their
+-- revisions.
+create function rolecache.head(out revision bigint, out tag uuid)
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(c.revision, f.trimmed_revision), coalesce(c.tag, f.trimmed_tag)
+  from rolecache.feed f left join (
+    select c.revision, c.tag from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
+  ) c on true
+$$;
+
 -- A batch of writes as one statement, so that no lock is held across a round trip. The triggers log what changes; who
 -- and why is added to their rows. calls: an array of objects with n from 0, op, and the fields of that op.
 -- Beside the bot's tables our variables are named with their block: these may have columns of any name.
@@ -393,6 +403,7 @@ declare
   r text;
   u bigint;
   others boolean;
+  is_there boolean;
 begin
   -- A commit that was answered has to survive a crash, whatever the database's default.
   if current_setting('synchronous_commit') = 'off' then
@@ -538,7 +549,17 @@ begin
         outcomes[i] := 'changed';
         must_log := must_log || k."user"; must_be := must_be || null::text;
       else
-        outcomes[i] := case when exists (select from public.users s where s.user_id = k."user") then 'busy' else 'same' end;
+        -- No row keeps others from adding one: that it is not there is true at the head of the same snapshot.
+        select exists (select from public.users s where s.user_id = k."user"), h.revision, h.tag
+        into is_there, head, head_tag from rolecache.head() h;
+        if is_there then
+          outcomes[i] := 'busy';
+        else
+          outcomes[i] := 'same';
+          revisions[i] := head;
+          tags[i] := head_tag;
+          times[i] := (extract(epoch from now_at) * 1000000)::bigint;
+        end if;
       end if;
 
     elsif k.op = 'register' then
@@ -710,10 +731,7 @@ begin
     perform set_config('enable_hashjoin', 'off', true);
   end if;
 
-  select coalesce(c.revision, f.trimmed_revision), coalesce(c.tag, f.trimmed_tag) into head, head_tag
-  from rolecache.feed f left join (
-    select c.revision, c.tag from rolecache.commits c where c.revision is not null order by c.revision desc limit 1
-  ) c on true;
+  select h.revision, h.tag into head, head_tag from rolecache.head() h;
   for i in 1 .. total loop
     if outcomes[i] = 'changed' and commit_ids[i] is null then
       commit_ids[i] := cid;

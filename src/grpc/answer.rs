@@ -18,7 +18,7 @@ use tonic::{Status, body::Body};
 
 use super::{fault::Fault, peer::Active};
 
-/// Of the caller, and of all.
+/// Of the caller, or of the connection where nobody says who calls, and of all.
 pub(super) type Places = [Option<OwnedSemaphorePermit>; 2];
 
 /// The body of an answer.

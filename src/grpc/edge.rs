@@ -98,7 +98,7 @@ impl Edge {
     {
         let active = peer.begin();
         if is_grpc(request.headers()) && !is_ours(&request) {
-            let answered = AssertUnwindSafe(self.answer_all(request, active)).catch_unwind().await;
+            let answered = AssertUnwindSafe(self.answer_all(request, peer, active)).catch_unwind().await;
             return answered.unwrap_or_else(|panic| refuse(Fault::panic(&*panic)).map(Answer::last));
         }
         let answered = AssertUnwindSafe(self.answer(request, peer, &active)).catch_unwind().await;
@@ -111,7 +111,7 @@ impl Edge {
     }
 
     /// Health and reflection, which are answered without a store and without credentials, and have limits of their own.
-    async fn answer_all<B>(&self, request: Request<B>, active: Active) -> Response<Answer>
+    async fn answer_all<B>(&self, request: Request<B>, peer: &Peer, active: Active) -> Response<Answer>
     where
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -126,8 +126,14 @@ impl Edge {
             // tonic answers that it is not implemented.
             _ => (None, self.deadline),
         };
-        let Ok(place) = places.map(|places| places.clone().try_acquire_owned()).transpose() else {
-            return refuse(Fault::Overloaded).map(|body| Answer::new(body, NO_PLACES, active));
+        let place =
+            |places: &Arc<Semaphore>| Some([peer.begin_open_to_all()?, places.clone().try_acquire_owned().ok()?]);
+        let places = match places {
+            None => NO_PLACES,
+            Some(places) => match place(places) {
+                Some(places) => places.map(Some),
+                None => return refuse(Fault::Overloaded).map(|body| Answer::new(body, NO_PLACES, active)),
+            },
         };
         if !goes_on {
             // One that its client does not read is found by its connection.
@@ -138,13 +144,13 @@ impl Edge {
         if is_health {
             // It ends its streams itself, with a last word.
             let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(late);
-            return response.map(|body| Answer::new(body, [None, place], active));
+            return response.map(|body| Answer::new(body, places, active));
         }
         // Streams of reflection would go on for as long as a client likes.
         let end = || self.shutdown.clone().cancelled_owned();
         let request = request.map(|body| Asking::until(end(), self.deadline / 2, body));
         let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(late);
-        response.map(|body| Answer::new(body, [None, place], active).ended(end(), self.deadline / 2))
+        response.map(|body| Answer::new(body, places, active).ended(end(), self.deadline / 2))
     }
 
     /// The answer, and the places among the calls in flight, its caller's and all, that it keeps until it is sent.
@@ -186,7 +192,7 @@ impl Edge {
         // Of a watch, until it is open: its stream keeps the deadline itself.
         let limit = Instant::now() + self.deadline;
         let until = deadline.map_or(limit, |deadline| deadline.0.min(limit));
-        let weight = Weight::new(caller.clone(), self.bytes.clone());
+        let weight = Weight::new(caller.clone(), peer.clone(), self.bytes.clone());
         let request = request.map(|body| weight.of(body));
         let answer = async {
             if !is_watch {

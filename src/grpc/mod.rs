@@ -9,6 +9,7 @@ mod deadline;
 mod door;
 mod edge;
 mod fault;
+mod meter;
 mod peer;
 mod roles;
 mod snapshot;

@@ -7,15 +7,25 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 
+use super::meter::Meter;
 use crate::access::Caller;
+
+/// Calls of one connection at once that need no credentials: it takes many connections to keep others from theirs.
+const OPEN_TO_ALL: usize = 16;
 
 /// The other end of a connection.
 pub(super) struct Peer {
     pub(super) address: SocketAddr,
     /// Of its certificate, where it has shown one.
     pub(super) names: Vec<String>,
+    pub(super) meter: Meter,
+    /// For calls that need no credentials.
+    open_to_all: Arc<Semaphore>,
     /// Never held across an await.
     use_: Mutex<Use>,
 }
@@ -46,18 +56,25 @@ pub(super) struct Active {
 // === impl Peer ===
 
 impl Peer {
-    pub(super) fn new(address: SocketAddr, names: Vec<String>) -> Self {
+    pub(super) fn new(address: SocketAddr, names: Vec<String>, message_bytes: usize) -> Self {
         let use_ = Use { calls: BTreeMap::new(), next: 0, idle_since: Instant::now() };
-        Self { address, names, use_: Mutex::new(use_) }
+        let open_to_all = Arc::new(Semaphore::new(OPEN_TO_ALL));
+        Self { address, names, meter: Meter::new(message_bytes), open_to_all, use_: Mutex::new(use_) }
     }
 
     pub(super) fn begin(self: &Arc<Self>) -> Active {
+        self.meter.begin_call();
         let mut use_ = self.use_();
         let number = use_.next;
         use_.next += 1;
         use_.calls.insert(number, Call::default());
         drop(use_);
         Active { peer: self.clone(), number }
+    }
+
+    /// A place for a call that needs no credentials, as long as it is held.
+    pub(super) fn begin_open_to_all(&self) -> Option<OwnedSemaphorePermit> {
+        self.open_to_all.clone().try_acquire_owned().ok()
     }
 
     /// Since when nothing goes over it; None while something does.

@@ -18,7 +18,11 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_rustls::TlsAcceptor;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    io::{InspectReader, InspectWriter},
+    sync::CancellationToken,
+    task::TaskTracker,
+};
 
 use super::{
     Limits,
@@ -68,7 +72,7 @@ pub(super) struct Wire {
     pub(super) tls: Option<watch::Receiver<Arc<Tls>>>,
     /// Tells whenever callers may have been revoked.
     pub(super) replaced: watch::Receiver<()>,
-    /// Handshakes that came to nothing and are logged.
+    /// Connections that came to nothing, or to too much, and are logged.
     pub(super) refused: Arc<Denials>,
     pub(super) ends: Ends,
 }
@@ -123,7 +127,7 @@ async fn connection(stream: TcpStream, address: SocketAddr, wire: Wire) {
         None => {
             let begun = begin(&wire, address, preface(stream)).await;
             if let Some(stream) = begun {
-                http2(stream, Peer::new(address, Vec::new()), &wire, pending()).await;
+                http2(stream, Peer::new(address, Vec::new(), wire.limits.message_bytes), &wire, pending()).await;
             }
         }
         Some(mut newest) => {
@@ -143,7 +147,8 @@ async fn connection(stream: TcpStream, address: SocketAddr, wire: Wire) {
             };
             if let Some((chain, stream)) = begin(&wire, address, shaken).await {
                 let names = chain.first().map(tls::names).unwrap_or_default();
-                http2(stream, Peer::new(address, names), &wire, distrusted(newest, chain)).await;
+                http2(stream, Peer::new(address, names, wire.limits.message_bytes), &wire, distrusted(newest, chain))
+                    .await;
             }
         }
     }
@@ -208,6 +213,9 @@ where
         .max_header_list_size(limits.header_bytes + 1)
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+    let (reads, writes) = (peer.clone(), peer.clone());
+    let stream = InspectReader::new(stream, move |bytes: &[u8]| reads.meter.read(bytes.len()));
+    let stream = InspectWriter::new(stream, move |bytes: &[u8]| writes.meter.wrote(bytes.len()));
     let connection = http2.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let (ended, limit) = tokio::select! {
@@ -215,7 +223,8 @@ where
         () = ends.hard.cancelled() => return,
         () = ends.gently.cancelled() => (None, None),
         () = idle(&peer, limits) => (None, Some(KEEPALIVE_TIMEOUT)),
-        () = revoked(&peer, wire.replaced.clone()) => return cut(&peer),
+        () = revoked(&peer, wire.replaced.clone()) => return revoked_is_cut(&peer),
+        () = peer.meter.exceeded() => return flood_is_cut(&peer, wire),
         () = distrusted => (None, Some(DISTRUSTED_LIMIT)),
     };
     let ended = match ended {
@@ -226,7 +235,8 @@ where
                 ended = connection => ended,
                 () = ends.hard.cancelled() => return,
                 () = after(limit) => return,
-                () = revoked(&peer, wire.replaced.clone()) => return cut(&peer),
+                () = revoked(&peer, wire.replaced.clone()) => return revoked_is_cut(&peer),
+                () = peer.meter.exceeded() => return flood_is_cut(&peer, wire),
             }
         }
     };
@@ -261,8 +271,20 @@ async fn revoked(peer: &Peer, mut replaced: watch::Receiver<()>) {
 }
 
 /// Says that a connection ends on which something of a revoked caller would not.
-fn cut(peer: &Peer) {
+fn revoked_is_cut(peer: &Peer) {
     tracing::warn!(target: "rolecache::audit", peer = %peer.address, "a connection is cut: its caller is revoked");
+}
+
+/// Says that a connection ends whose client sends too much for nothing.
+fn flood_is_cut(peer: &Peer, wire: &Wire) {
+    if let Some(unlogged) = wire.refused.count() {
+        tracing::warn!(
+            target: "rolecache::audit",
+            peer = %peer.address,
+            unlogged,
+            "a connection is cut: it sends far more than its calls need"
+        );
+    }
 }
 
 async fn after(limit: Option<Duration>) {

@@ -12,7 +12,7 @@ use http_body::{Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 
-use super::fault::Fault;
+use super::{fault::Fault, peer::Peer};
 use crate::access::Caller;
 
 /// Of each request, so many bytes weigh nothing: whatever names one user has fewer.
@@ -25,6 +25,7 @@ pub(super) const ALL: usize = 64 << 20;
 #[derive(Clone)]
 pub(super) struct Weight {
     caller: Arc<Caller>,
+    peer: Arc<Peer>,
     all: Arc<Semaphore>,
     held: Arc<Mutex<Vec<OwnedSemaphorePermit>>>,
 }
@@ -37,8 +38,8 @@ pub(super) struct Weighed<B> {
 }
 
 impl Weight {
-    pub(super) fn new(caller: Arc<Caller>, all: Arc<Semaphore>) -> Self {
-        Self { caller, all, held: Arc::default() }
+    pub(super) fn new(caller: Arc<Caller>, peer: Arc<Peer>, all: Arc<Semaphore>) -> Self {
+        Self { caller, peer, all, held: Arc::default() }
     }
 
     pub(super) fn of<B>(&self, body: B) -> Weighed<B> {
@@ -46,6 +47,7 @@ impl Weight {
     }
 
     fn add(&self, bytes: usize) -> Result<(), Fault> {
+        self.peer.meter.body(bytes);
         let bytes = u32::try_from(bytes).map_err(|_| Fault::Overloaded)?;
         let of_caller = self.caller.begin_bytes(bytes);
         let of_all = self.all.clone().try_acquire_many_owned(bytes).ok();

@@ -250,6 +250,21 @@ async fn a_password_in_the_arguments_is_warned_of() {
     server.stop("TERM");
 }
 
+/// Nobody gets too much by a slip, and nobody is told why they may not write; the operator is.
+#[test]
+fn a_scope_of_no_role_is_warned_of() {
+    let (house, db) = (House::new(), Db::sqlite());
+    for (scope, warned) in [("write:admin", false), ("write:admim", true)] {
+        house.admit(&[token("bot", "sesame", scope)]);
+        let mut server = behind_doors(&house, &db, &[]);
+        server.err.until(|line| line.contains("\"ready\""));
+        server.stop("TERM");
+        let log = server.err.text();
+        let says = log.contains("bot has the scope of a role that no write may set");
+        assert!(says == warned && !log.contains("admim"), "{scope}: {log}");
+    }
+}
+
 /// In no line of the most talkative log, in no argument, in no help, in no error; with a client that marks the token as a
 /// secret, and with one that does not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

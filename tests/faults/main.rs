@@ -11,6 +11,7 @@ mod checker;
 mod cluster;
 mod history;
 mod log;
+mod request;
 mod sessions;
 #[path = "../support/mod.rs"]
 mod support;

@@ -9,16 +9,17 @@ use std::{
 };
 
 use futures::FutureExt;
-use rolecache::proto::v1::{SetRoleRequest, SetRoleResponse, StatsRequest};
+use rolecache::proto::v1::StatsRequest;
 use tokio::{sync::watch, task::JoinSet, time::sleep};
-use tonic::{Code, Request, Status};
+use tonic::{Code, Status};
 
 use crate::{
-    asking::{Attempt, request, until_done},
+    asking::{Attempt, until_told},
     campaign::{Campaign, Outcome, Rounds},
     checker,
     cluster::{Cluster, Plan, postgres},
     history::History,
+    request::{Done, Request},
     support::postgres::Session,
     traffic::{Load, Traffic},
 };
@@ -149,12 +150,9 @@ impl Client {
             let way = self.random.usize(..3);
             // Many are answered before their client is gone.
             for _ in 0..400 {
-                let role = *self.random.choice(&["user", "admin"]).unwrap();
-                // A deadline is longer than most writes: it is for those whose row is held.
-                let user = self.random.i64(1..=if way == 2 { USERS / 2 } else { USERS });
-                let write = request(user, role, &mut self.random);
+                let write = self.some_write(way);
                 let gone = self.ask_and_go(way, &write).await;
-                let again = until_done(&self.cluster, &clients, &self.history, &write, &mut self.random).await;
+                let again = until_told(&self.cluster, &clients, &self.history, &write, &mut self.random).await;
                 found.extend(again.err());
                 if gone {
                     fired[way] += 1;
@@ -170,8 +168,22 @@ impl Client {
         (fired, weak, found)
     }
 
+    fn some_write(&mut self, way: usize) -> Request {
+        // A deadline is longer than most writes: it is for those whose row is held.
+        let user = self.random.i64(1..=if way == 2 { USERS / 2 } else { USERS });
+        match self.random.u8(..8) {
+            0 => Request::delete(user, &mut self.random),
+            // Half of all are admins.
+            1 => Request::transfer(user, user % USERS + 1, &mut self.random),
+            _ => {
+                let role = *self.random.choice(&["user", "admin"]).unwrap();
+                Request::set(user, role, &mut self.random)
+            }
+        }
+    }
+
     /// Whether it was gone before it was answered.
-    async fn ask_and_go(&mut self, way: usize, write: &SetRoleRequest) -> bool {
+    async fn ask_and_go(&mut self, way: usize, write: &Request) -> bool {
         let replica = self.random.usize(..self.cluster.replicas.len());
         // A connection of its own, which goes with it.
         let mut client = self.cluster.replicas[replica].client();
@@ -180,18 +192,15 @@ impl Client {
         }
         let attempt = Attempt::begin(&self.cluster, &self.history, replica, write);
         let begun = self.history.now();
-        let mut call = Request::new(write.clone());
         let usual = self.usual.load(Ordering::Relaxed);
+        let deadline = (way == 2).then(|| Duration::from_millis(self.random.u64(1..=500)));
         let gone = match way {
-            2 => {
-                call.set_timeout(Duration::from_millis(self.random.u64(1..=500)));
-                std::future::pending().left_future()
-            }
+            2 => std::future::pending().left_future(),
             _ => sleep(Duration::from_micros(self.random.u64(..2 * usual))).right_future(),
         };
         let mut stays = client.clone();
-        let answer: Option<Result<SetRoleResponse, Status>> = tokio::select! {
-            answer = stays.set_role(call) => Some(answer.map(|it| it.into_inner())),
+        let answer: Option<Result<Done, Status>> = tokio::select! {
+            answer = write.send(&mut stays, deadline) => Some(answer),
             () = gone => None,
         };
         if way == 1 {

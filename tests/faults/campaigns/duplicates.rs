@@ -3,19 +3,21 @@
 use std::{collections::HashMap, sync::Arc};
 
 use futures::{FutureExt, future::join_all};
-use rolecache::proto::v1::{SetRoleRequest, SetRoleResponse};
 use tokio::{sync::Semaphore, task::JoinSet};
-use tonic::{Request, Status};
+use tonic::Status;
 
 use crate::{
-    asking::{Attempt, request, until_done},
+    asking::{Attempt, until_told},
     campaign::{Campaign, Outcome, Rounds},
     cluster::{Cluster, Plan, postgres},
     history::{History, Told},
+    request::{Done, Request},
     traffic::{Load, Traffic, reason},
 };
 
 const AT_ONCE: usize = 16;
+
+const USERS: i64 = 40;
 
 pub fn campaigns() -> Vec<Campaign> {
     vec![Campaign {
@@ -76,16 +78,12 @@ async fn run(mut rounds: Rounds) -> Outcome {
 
 async fn several_at_once(cluster: &Cluster, history: &History, mut random: fastrand::Rng) -> Copies {
     let clients: Vec<_> = cluster.replicas.iter().map(|replica| replica.client()).collect();
-    let write = request(random.i64(1..=40), random.choice(["user", "admin", "moderator"]).unwrap(), &mut random);
+    let write = some_write(&mut random);
     // One on each replica at least.
     let first = random.usize(..2);
     let mut bodies: Vec<_> = (first..first + random.usize(2..=5)).map(|n| (n % 2, write.clone())).collect();
     if random.u8(..5) == 0 {
-        let mut other = write.clone();
-        match random.bool() {
-            true => other.role = if write.role == "user" { "admin" } else { "user" }.into(),
-            false => other.user_id += 100,
-        }
+        let other = another_body(&write, &mut random);
         bodies.insert(random.usize(..=bodies.len()), (random.usize(..2), other));
     }
     let asked = bodies.iter().map(|(replica, body)| {
@@ -93,7 +91,7 @@ async fn several_at_once(cluster: &Cluster, history: &History, mut random: fastr
         async move {
             let attempt = Attempt::begin(cluster, history, replica, body);
             let begun = history.now();
-            let answer = client.set_role(Request::new(body.clone())).await.map(|it| it.into_inner());
+            let answer = body.send(&mut client, None).await;
             // Another body's answer says nothing about this one's; it is judged below.
             if !is_reused(&answer) {
                 attempt.end(Some(&answer));
@@ -113,7 +111,7 @@ async fn several_at_once(cluster: &Cluster, history: &History, mut random: fastr
     let winner = match bodies.iter().zip(&answers).find(|(_, answer)| answer.is_ok()) {
         Some((body, _)) => body.clone(),
         None => {
-            let again = until_done(cluster, &clients, history, &write, &mut random).await;
+            let again = until_told(cluster, &clients, history, &write, &mut random).await;
             found.extend(again.err());
             write
         }
@@ -123,22 +121,43 @@ async fn several_at_once(cluster: &Cluster, history: &History, mut random: fastr
     Copies { copies: bodies.len(), together, reused, found }
 }
 
-fn is_reused(answer: &Result<SetRoleResponse, Status>) -> bool {
+fn some_write(random: &mut fastrand::Rng) -> Request {
+    let user = random.i64(1..=USERS);
+    match random.u8(..8) {
+        0 => Request::delete(user, random),
+        1 => Request::transfer(user, user % USERS + 1, random),
+        _ => {
+            let role = *random.choice(&["user", "admin", "moderator"]).unwrap();
+            Request::set(user, role, random)
+        }
+    }
+}
+
+/// With the same id.
+fn another_body(write: &Request, random: &mut fastrand::Rng) -> Request {
+    let mut other = write.clone();
+    match &mut other {
+        Request::Set(set) if random.bool() => set.role = if set.role == "user" { "admin" } else { "user" }.into(),
+        Request::Set(set) => set.user_id += 2 * USERS,
+        Request::Delete(delete) => delete.user_id += 2 * USERS,
+        Request::Transfer(transfer) if random.bool() => transfer.demote_from = !transfer.demote_from,
+        Request::Transfer(transfer) => transfer.to_user_id += 2 * USERS,
+    }
+    other
+}
+
+fn is_reused(answer: &Result<Done, Status>) -> bool {
     answer.as_ref().is_err_and(|status| reason(status) == "REQUEST_ID_REUSED")
 }
 
 /// Copies of the one that was done are told the same, in every field; any other body is told that the id is taken.
-fn judge(
-    winner: &SetRoleRequest,
-    bodies: &[SetRoleRequest],
-    answers: &[Result<SetRoleResponse, Status>],
-) -> Vec<String> {
+fn judge(winner: &Request, bodies: &[Request], answers: &[Result<Done, Status>]) -> Vec<String> {
     let mut found = Vec::new();
-    let mut told: HashMap<String, &SetRoleRequest> = HashMap::new();
+    let mut told: HashMap<String, &Request> = HashMap::new();
     for (body, answer) in bodies.iter().zip(answers) {
         match answer {
             Ok(answer) if body == winner => {
-                told.insert(format!("{answer:?}"), body);
+                told.insert(answer.whole.clone(), body);
             }
             Ok(answer) => found.push(format!("two bodies of one request_id are done: {body:?}: {answer:?}")),
             Err(_) if is_reused(answer) && body == winner => {

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 use crate::{
-    asking::{request, until_done},
+    asking::until_told,
     campaign::{Campaign, Outcome, Rounds},
     checker,
     cluster::{Cluster, Plan, postgres},
@@ -80,10 +80,11 @@ async fn run(mut rounds: Rounds) -> Outcome {
         // Each changes something: a role that the user had not the turn before.
         let user = FIRST + round as i64 % USERS;
         let role = ROLES[1 + (round as usize / USERS as usize) % 2];
-        let write = request(user, role, &mut rounds.random);
-        let written = until_done(&cluster, &clients[..=WRITTEN], &traffic.history, &write, &mut rounds.random).await;
+        let write = Request::set(user, role, &mut rounds.random);
+        let written = until_told(&cluster, &clients[..=WRITTEN], &traffic.history, &write, &mut rounds.random).await;
         match written {
-            Ok(written) => {
+            Ok(None) => outcome.violated([format!("declined: {write:?}")]),
+            Ok(Some(written)) => {
                 outcome.fired += 1;
                 let other = *rounds.random.choice(&others).unwrap();
                 let begun = Instant::now();

@@ -7,7 +7,7 @@ use rolecache::{
 
 use super::{call, fresh, log, role_of, set, told, with_id};
 use crate::{
-    suite::answer,
+    suite::{answer, delete},
     support::postgres::{Session, psql},
 };
 use std::time::{Duration, Instant};
@@ -151,6 +151,38 @@ async fn a_user_who_comes_and_goes_beside_a_write_is_written() {
 }
 
 /// By another replica, say, or by one that was killed and whose session goes on.
+/// No lock keeps others from adding a user who is not there: what a deletion of nobody answers is true at its revision.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_comes_beside_a_deletion_of_nobody_comes_after_it() {
+    let (database, store) = fresh().await;
+    // Between the two deletions of one batch.
+    psql(
+        &database.url,
+        "insert into users values (2, 'user');
+         create function wait() returns trigger language plpgsql as $$ begin
+           while not exists (select from public.users where user_id = 1) loop perform pg_sleep(0.001); end loop;
+           return old;
+         end $$;
+         create trigger wait before delete on users for each row execute function wait()",
+    );
+    let writing = tokio::spawn({
+        let store = store.clone();
+        async move { store.write(&[delete(1), delete(2)]).await }
+    });
+    let waits = "select count(*) from pg_stat_activity where wait_event = 'PgSleep' and application_name = 'rolecache'";
+    let until = Instant::now() + Duration::from_secs(10);
+    while psql(&database.url, waits) == "0" {
+        assert!(Instant::now() < until, "the second deletion does not begin");
+    }
+    psql(&database.url, "insert into users values (1, 'admin')");
+    let answers = writing.await.unwrap();
+    let [Ok(nobody), Ok(deleted)] = &answers[..] else { panic!("{answers:?}") };
+    assert_eq!(nobody.changes, []);
+    let log = log(&*store).await;
+    assert_eq!(told(&log), "2:-user\n1:-admin\n2:user-\n");
+    assert_eq!([nobody.revision, deleted.revision], [log[0].revision, log[2].revision]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attempt_beside_one_with_the_same_request_id_does_not_say_that_nothing_happened() {
     let (database, store) = fresh().await;

@@ -1,0 +1,187 @@
+//! What a connection sends beyond what its calls need.
+//!
+//! A PING, a SETTINGS or a frame of an unknown kind costs a server little, but HTTP/2 bounds no number of them, and neither does
+//! h2 (resets and CONTINUATIONs it does bound). So bytes are counted, and who sends too many for nothing is cut.
+
+use std::{
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// So many bytes at once are nobody's ill will: a message over the limit is on its way before it is refused.
+const BURST: i64 = 1 << 20;
+
+/// And so many go on for ever: 3,800 pings.
+const PER_SECOND: i64 = 64 << 10;
+
+/// What a call may bring beside its message: headers, window updates, and the pings of a client that measures its bandwidth.
+const PER_CALL: i64 = 16 << 10;
+
+/// What calls may bring that have begun, and of which nobody has read anything yet.
+const MOST_IN_ADVANCE: i64 = 4 << 20;
+
+/// Of what is written, one byte in so many is answered with window updates and pings. An acknowledged ping still counts for
+/// three quarters.
+const OF_WRITTEN: i64 = 4;
+
+/// The account of one connection.
+pub(super) struct Meter {
+    /// With the message, which a call that is refused brings for nothing.
+    per_call: i64,
+    /// Bytes read, less what they were good for. Those who add and those who take away do not wait for each other: a clamp may
+    /// forget what one of them did in that moment, which is less than the burst.
+    beyond: AtomicI64,
+    /// Until when `PER_SECOND` has been taken off.
+    since: Mutex<Instant>,
+    exceeded: CancellationToken,
+}
+
+impl Meter {
+    pub(super) fn new(message_bytes: usize) -> Self {
+        let (beyond, since) = (AtomicI64::new(0), Mutex::new(Instant::now()));
+        Self { per_call: PER_CALL + count(message_bytes), beyond, since, exceeded: CancellationToken::new() }
+    }
+
+    pub(super) fn read(&self, bytes: usize) {
+        self.read_at(bytes, Instant::now);
+    }
+
+    fn read_at(&self, bytes: usize, now: impl FnOnce() -> Instant) {
+        let bytes = count(bytes);
+        let beyond = self.beyond.fetch_add(bytes, Relaxed) + bytes;
+        if beyond > BURST {
+            self.settle(beyond, now());
+        } else {
+            let most = self.per_call.max(MOST_IN_ADVANCE);
+            if beyond < -most {
+                self.beyond.store(-most, Relaxed);
+            }
+        }
+    }
+
+    pub(super) fn wrote(&self, bytes: usize) {
+        self.beyond.fetch_sub(count(bytes) / OF_WRITTEN, Relaxed);
+    }
+
+    pub(super) fn begin_call(&self) {
+        self.beyond.fetch_sub(self.per_call, Relaxed);
+    }
+
+    /// Of a message that is read: of large ones in parallel more comes than may in advance.
+    pub(super) fn body(&self, bytes: usize) {
+        self.beyond.fetch_sub(count(bytes), Relaxed);
+    }
+
+    /// Resolves once the connection has sent too much for nothing.
+    pub(super) async fn exceeded(&self) {
+        self.exceeded.cancelled().await;
+    }
+
+    fn settle(&self, beyond: i64, now: Instant) {
+        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+        let leaked = leaked(now - *since);
+        *since = now;
+        let left = (beyond - leaked).max(0);
+        self.beyond.fetch_sub(beyond - left, Relaxed);
+        if left > BURST {
+            self.exceeded.cancel();
+        }
+    }
+}
+
+fn count(bytes: usize) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+fn leaked(elapsed: Duration) -> i64 {
+    i64::try_from(elapsed.as_micros()).unwrap_or(i64::MAX).saturating_mul(PER_SECOND) / 1_000_000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PING: usize = 17;
+    const MESSAGE: usize = 256 << 10;
+
+    fn is_cut(meter: &Meter) -> bool {
+        meter.exceeded.is_cancelled()
+    }
+
+    /// All in one moment.
+    fn pings(meter: &Meter, count: usize, now: Instant) {
+        for _ in 0..count {
+            meter.read_at(PING, || now);
+            meter.wrote(PING);
+        }
+    }
+
+    #[test]
+    fn pings_in_a_flood_are_cut() {
+        let meter = Meter::new(MESSAGE);
+        let now = Instant::now();
+        pings(&meter, 60_000, now);
+        assert!(!is_cut(&meter));
+        pings(&meter, 40_000, now);
+        assert!(is_cut(&meter));
+    }
+
+    #[test]
+    fn pings_that_go_on_for_a_day_are_not() {
+        let meter = Meter::new(MESSAGE);
+        let begun = Instant::now();
+        for second in 0..24 * 60 * 60 {
+            pings(&meter, 1_000, begun + Duration::from_secs(second));
+        }
+        assert!(!is_cut(&meter));
+    }
+
+    #[test]
+    fn calls_are_not_however_many() {
+        let meter = Meter::new(MESSAGE);
+        for _ in 0..100_000 {
+            meter.read(8 << 10);
+            meter.begin_call();
+            meter.wrote(100);
+        }
+        for _ in 0..1_000 {
+            for _ in 0..256 {
+                meter.read(200);
+                meter.begin_call();
+            }
+            for _ in 0..256 * MESSAGE / (16 << 10) {
+                meter.read(16 << 10);
+                meter.body(16 << 10);
+            }
+        }
+        assert!(!is_cut(&meter));
+    }
+
+    #[test]
+    fn calls_do_not_pay_for_a_flood() {
+        let meter = Meter::new(MESSAGE);
+        for _ in 0..1_000_000 {
+            meter.read(100);
+            meter.begin_call();
+        }
+        pings(&meter, 1_000_000, Instant::now());
+        assert!(is_cut(&meter));
+    }
+
+    #[test]
+    fn what_is_sent_with_every_message_of_a_watch_is_not_a_flood() {
+        let meter = Meter::new(MESSAGE);
+        let begun = Instant::now();
+        for message in 0..1_000_000 {
+            meter.wrote(40);
+            meter.read_at(PING, || begun + message * Duration::from_micros(200));
+        }
+        assert!(!is_cut(&meter));
+    }
+}
