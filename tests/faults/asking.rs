@@ -66,7 +66,7 @@ pub async fn until_told(
         let (told, answer) = ask(cluster, replica, clients[replica].clone(), history, request).await;
         match (answer, told) {
             (Some(done), _) => return Ok(Some(done)),
-            (None, Told::Declined(_)) => return Ok(None),
+            (None, Told::Declined { .. }) => return Ok(None),
             (None, told) if Instant::now() > until => return Err(format!("never answered: {request:?}: {told:?}")),
             _ => sleep(Duration::from_millis(random.u64(1..20))).await,
         }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use futures::{FutureExt, future::BoxFuture};
+use tokio::time::timeout;
 
 /// How long a campaign is.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -61,6 +62,12 @@ pub struct Report {
 /// Of rounds, one in so many may prove nothing, and has to be run again.
 const WEAK_SHARE: u64 = 10;
 
+/// What it may take: whoever waits for ever says nothing.
+const LIMIT: Duration = Duration::from_secs(5 * 60);
+const LIMIT_EACH: Duration = Duration::from_secs(30);
+/// Who has more rounds has short ones.
+const MOST_LONG: u64 = 400;
+
 /// Rounds that prove nothing of which it is printed why.
 const PRINTED: usize = 20;
 
@@ -86,9 +93,15 @@ impl Campaign {
         let own = self.name.bytes().fold(seed, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
         let rounds_of = Rounds { count: rounds, random: fastrand::Rng::with_seed(own) };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let ran = runtime.block_on(AssertUnwindSafe((self.body)(rounds_of)).catch_unwind());
+        let limit = LIMIT + LIMIT_EACH * rounds.min(MOST_LONG) as u32;
+        let body = AssertUnwindSafe((self.body)(rounds_of)).catch_unwind();
+        let ran = runtime.block_on(async { timeout(limit, body).await });
         runtime.shutdown_timeout(Duration::from_secs(5));
-        let outcome = ran.unwrap_or_else(|left| Outcome { violations: vec![text(&*left)], ..Outcome::default() });
+        let outcome = match ran {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(left)) => Outcome { violations: vec![text(&*left)], ..Outcome::default() },
+            Err(_) => Outcome { violations: vec![format!("it is not done within {limit:?}")], ..Outcome::default() },
+        };
         Report { name: self.name, unit: self.unit, wanted: rounds, outcome, took: begun.elapsed() }
     }
 }

@@ -8,7 +8,8 @@ use std::{
 use super::{
     history::{Answer, End, Giver, History, MISMATCH, NO_ADMIN, Process, Read, Seen, Snapshot, Told, Write},
     log::{DEFAULT, Entry, Log},
-    traffic::{NO_REASON, ROLES},
+    request::ADMIN,
+    traffic::NO_REASON,
 };
 
 /// How old an answer may be that is not marked stale: the promise of bounded staleness.
@@ -21,6 +22,11 @@ struct Horizon {
     given: Vec<(Duration, i64)>,
 }
 
+/// The newest revision that anybody had been told of by some moment.
+struct Newest {
+    told: Vec<(Duration, i64)>,
+}
+
 /// What excuses a call that fails, beside what the caller did itself.
 #[derive(Default)]
 pub struct Excuses {
@@ -30,8 +36,8 @@ pub struct Excuses {
     pub excused: Option<usize>,
     /// When nothing was broken: what began and ended within one has no excuse but an outage.
     pub calms: Vec<(Duration, Duration)>,
-    /// When each replica did not run, or was not ready yet, by its number: then, and only then, a connection may break or
-    /// time out. A server that is not ready has no store yet.
+    /// When each replica did not run, or was not ready yet, by its number: then, or when its clients find out, and only then, a
+    /// connection may break or time out. A server that is not ready has no store yet.
     pub outages: HashMap<usize, Vec<(Duration, Duration)>>,
 }
 
@@ -47,6 +53,15 @@ pub const HISTORY_LOST: &[&str] = &["STORE_UNREACHABLE", "OUTCOME_UNKNOWN", "OVE
 /// Rows are held, and that is all.
 pub const ROWS_HELD: &[&str] = &["USER_BUSY"];
 
+/// What no read is ever told.
+const OF_WRITES: [&str; 2] = ["OUTCOME_UNKNOWN", "USER_BUSY"];
+
+/// How long a call may take while nothing is broken.
+const PROMPT: Duration = Duration::from_secs(3);
+
+/// After an outage: who has called before finds the connection broken by the next call.
+const FOUND_BROKEN: Duration = Duration::from_secs(1);
+
 /// What is written down of a call whose client did not wait for the answer.
 pub const GONE: &str = "the client was gone";
 
@@ -58,7 +73,9 @@ pub fn all(history: &History, log: &Log, excuses: &Excuses) -> Vec<String> {
     let mut found = failures_have_reasons(&writes, &reads, excuses);
     found.extend(history.untold.lock().unwrap().iter().map(|write| format!("never told what became of it: {write}")));
     found.extend(writes_are_durable_and_single(&writes, log));
+    found.extend(declines_are_true(&writes, &reads, log));
     found.extend(reads_are_true(&reads, &writes, log));
+    found.extend(calls_are_prompt(&writes, &reads, &excuses.calms));
     found.extend(revisions_never_go_back(&reads, &writes));
     found.extend(seen.iter().flat_map(|seen| watches_are_the_log(seen, log)));
     found.extend(seen.iter().flat_map(|seen| watches_begin_well(seen, log)));
@@ -81,7 +98,9 @@ pub fn watches_stay_open(ends: &[End], excuses: &Excuses) -> Vec<String> {
 pub fn failures_have_reasons(writes: &[Write], reads: &[Read], excuses: &Excuses) -> Vec<String> {
     let mut found = Vec::new();
     for write in writes {
-        let (Told::Unknown(what) | Told::Refused(what) | Told::Declined(what)) = &write.told else { continue };
+        let (Told::Unknown(what) | Told::Refused(what) | Told::Declined { why: what, .. }) = &write.told else {
+            continue;
+        };
         let is_asked_for = what == GONE
             || (what == MISMATCH && write.expected.is_some())
             || (what == NO_ADMIN && write.giver.is_some());
@@ -90,8 +109,9 @@ pub fn failures_have_reasons(writes: &[Write], reads: &[Read], excuses: &Excuses
         }
     }
     for read in reads {
+        // A read leaves nothing in doubt, and waits for no row.
         if let Err(what) = &read.answer
-            && !excuses.cover(what, read.process, [read.begun, read.ended])
+            && (OF_WRITES.contains(&what.as_str()) || !excuses.cover(what, read.process, [read.begun, read.ended]))
         {
             found.push(format!("a read was told {what}: {read:?}"));
         }
@@ -164,12 +184,51 @@ pub fn writes_are_durable_and_single(writes: &[Write], log: &Log) -> Vec<String>
     found
 }
 
+/// *No invented rights* of what a write says that it found: the role that it names was there, and it was not what the write was
+/// for. And a write that has been done knows that when it is asked again.
+pub fn declines_are_true(writes: &[Write], reads: &[Read], log: &Log) -> Vec<String> {
+    let mut found = Vec::new();
+    let (horizon, newest) = (Horizon::of(writes), Newest::of(writes, reads));
+    let mut logged: HashMap<&str, i64> = HashMap::new();
+    for entry in &log.entries {
+        logged.entry(&entry.reason).or_insert(entry.revision);
+    }
+    for write in writes {
+        let Told::Declined { current, .. } = &write.told else { continue };
+        let (user, wanted) = match write.giver {
+            Some(giver) => (giver.user, ADMIN),
+            None => (write.user, write.expected.as_deref().unwrap_or_default()),
+        };
+        let (from, to) = (newest.at(write.begun), horizon.at(write.ended));
+        if log.had_only(user, wanted, from, to) {
+            found.push(format!("declined though all was as it should be: {write:?}"));
+        }
+        if !log.had(user, current, from, to) {
+            found.push(format!("declined for a role that was not there from {from} to {to}: {write:?}"));
+        }
+        if logged.get(write.id.as_str()).is_some_and(|revision| *revision <= from) {
+            found.push(format!("declined though it had been done: {write:?}"));
+        }
+    }
+    found
+}
+
+/// While nothing is broken nobody waits for long.
+pub fn calls_are_prompt(writes: &[Write], reads: &[Read], calms: &[(Duration, Duration)]) -> Vec<String> {
+    let is_slow = |begun: Duration, ended: Duration| {
+        calms.iter().any(|(from, to)| (*from..*to).contains(&begun) && ended.min(*to) - begun > PROMPT)
+    };
+    let slow_writes = writes.iter().filter(|write| is_slow(write.begun, write.ended));
+    let slow_reads = reads.iter().filter(|read| is_slow(read.begun, read.ended));
+    let writes = slow_writes.map(|write| format!("slow though nothing was broken: {write:?}"));
+    writes.chain(slow_reads.map(|read| format!("slow though nothing was broken: {read:?}"))).collect()
+}
+
 /// The second half of a transfer: who gave was an admin, and is none afterwards where that was asked for.
 fn gave(giver: Giver, revision: i64, entries: &[&Entry], log: &Log) -> Option<String> {
-    let admin = ROLES[1];
-    let gives = |entry: &&Entry| (entry.user, entry.old.as_str(), entry.new.as_str()) == (giver.user, admin, DEFAULT);
+    let gives = |entry: &&Entry| (entry.user, entry.old.as_str(), entry.new.as_str()) == (giver.user, ADMIN, DEFAULT);
     let is_told = !giver.demoted || entries.get(1).is_some_and(gives);
-    let was_admin = log.had(giver.user, admin, revision - 1, revision - 1);
+    let was_admin = log.had(giver.user, ADMIN, revision - 1, revision - 1);
     (!is_told || !was_admin).then(|| format!("half a transfer, or from no admin: {giver:?}: {entries:?}"))
 }
 
@@ -400,8 +459,37 @@ impl Excuses {
 
     fn is_of_an_outage(&self, what: &str, process: Process, [begun, ended]: [Duration; 2]) -> bool {
         let mut outages = self.outages.get(&process.replica).into_iter().flatten();
-        (what.contains(NO_REASON) || what == "STORE_UNREACHABLE")
-            && outages.any(|(from, to)| *from <= ended && begun <= *to)
+        let afterwards = match what {
+            what if what.contains(NO_REASON) => FOUND_BROKEN,
+            "STORE_UNREACHABLE" => Duration::ZERO,
+            _ => return false,
+        };
+        outages.any(|(from, to)| *from <= ended && begun <= to.saturating_add(afterwards))
+    }
+}
+
+// === impl Newest ===
+
+impl Newest {
+    fn of(writes: &[Write], reads: &[Read]) -> Self {
+        let done = writes.iter().filter_map(|write| match write.told {
+            Told::Done { revision, .. } => Some((write.ended, revision)),
+            _ => None,
+        });
+        let answered = reads.iter().filter_map(|read| Some((read.ended, read.answer.as_ref().ok()?.revision)));
+        let mut told: Vec<_> = done.chain(answered).collect();
+        told.sort();
+        let mut newest = 0;
+        for (_, revision) in &mut told {
+            newest = newest.max(*revision);
+            *revision = newest;
+        }
+        Self { told }
+    }
+
+    fn at(&self, moment: Duration) -> i64 {
+        let before = self.told.partition_point(|(ended, _)| *ended < moment);
+        before.checked_sub(1).map_or(0, |last| self.told[last].1)
     }
 }
 

@@ -26,10 +26,7 @@ use super::{
 };
 
 /// In which it has to serve after a fault has ended.
-const RECOVERY: Duration = Duration::from_secs(5);
-
-/// After an outage: who has called before finds the connection broken by the next call.
-const FOUND_BROKEN: Duration = Duration::from_secs(1);
+pub const RECOVERY: Duration = Duration::from_secs(5);
 
 /// Several servers over one store.
 pub struct Cluster {
@@ -139,7 +136,7 @@ impl Cluster {
     pub fn outages(&self, history: &History) -> HashMap<usize, Vec<(Duration, Duration)>> {
         let of = |replica: &Replica| {
             let outages = replica.outages.lock().unwrap();
-            let until = |to: &Option<_>| to.map_or(Duration::MAX, |to| history.at(to) + FOUND_BROKEN);
+            let until = |to: &Option<_>| to.map_or(Duration::MAX, |to| history.at(to));
             outages.iter().map(|(from, to)| (history.at(*from), until(to))).collect()
         };
         self.replicas.iter().map(|replica| (replica.number, of(replica))).collect()

@@ -27,6 +27,11 @@ pub struct Process {
     pub start: usize,
 }
 
+impl Process {
+    /// Of an answer that one of two gave.
+    pub const NEITHER: Self = Self { replica: usize::MAX, start: 0 };
+}
+
 /// One attempt of a write.
 #[derive(Clone, Debug)]
 pub struct Write {
@@ -59,8 +64,12 @@ pub enum Told {
         revision: i64,
         changed: bool,
     },
-    /// Nothing was changed, for what is in the store is not what it is for: its reason.
-    Declined(String),
+    /// Nothing was changed, for what is in the store is not what it is for.
+    Declined {
+        why: String,
+        /// The role that is said to be there.
+        current: String,
+    },
     /// Nothing was changed, the server says: its reason.
     Refused(String),
     /// Nobody knows.
@@ -211,7 +220,7 @@ impl History {
         if let Told::Done { revision, .. } = write.told {
             self.told_of(revision);
         }
-        let is_answer = matches!(&write.told, Told::Done { .. } | Told::Declined(_));
+        let is_answer = matches!(&write.told, Told::Done { .. } | Told::Declined { .. });
         self.succeeded.fetch_add(is_answer.into(), Ordering::Relaxed);
         self.writes.lock().unwrap().push(write);
     }

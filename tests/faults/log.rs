@@ -67,6 +67,13 @@ impl Log {
         at == role || (from < to && roles.range(from + 1..=to).any(|(_, later)| later == role))
     }
 
+    /// Whether the user had this role at `from`, and at every revision after it up to `to`.
+    pub fn had_only(&self, user: i64, role: &str, from: i64, to: i64) -> bool {
+        let Some(roles) = self.roles.get(&user) else { return role == DEFAULT };
+        let at = roles.range(..=from).next_back().map_or(DEFAULT, |(_, role)| role);
+        at == role && (from >= to || roles.range(from + 1..=to).all(|(_, later)| later == role))
+    }
+
     /// Who had a role other than the default at a revision, in order.
     pub fn roles_at(&self, revision: i64) -> Vec<(i64, String)> {
         let at = |roles: &BTreeMap<i64, String>| roles.range(..=revision).next_back().map(|(_, role)| role.clone());

@@ -262,7 +262,10 @@ pub fn told(status: &Status) -> Told {
     let what = reason(status);
     match what.as_str() {
         "STORE_UNREACHABLE" | "USER_BUSY" | "OVERLOADED" | "SHUTTING_DOWN" => Told::Refused(what),
-        what if DECLINES.contains(&what) => Told::Declined(what.into()),
+        what if DECLINES.contains(&what) => {
+            let metadata = status.get_details_error_info().map(|info| info.metadata).unwrap_or_default();
+            Told::Declined { current: metadata.get("current_role").cloned().unwrap_or_default(), why: what.into() }
+        }
         _ => Told::Unknown(what),
     }
 }

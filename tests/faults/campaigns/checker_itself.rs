@@ -19,7 +19,7 @@ use crate::{
 /// A history, and what has to be found in it: nothing, where that is empty.
 type Case = (&'static str, fn(&History, &mut Vec<Entry>));
 
-const CASES: [Case; 31] = [
+const CASES: [Case; 36] = [
     ("", |_, _| {}),
     ("never true", |history, _| {
         // At 20 the user became an admin, at the earliest; this was told before.
@@ -44,11 +44,11 @@ const CASES: [Case; 31] = [
         history.read(Read { answer: Err(format!("Cancelled {NO_REASON}: Timeout expired")), ..read(0, 8_010, "") });
     }),
     ("a write was told ROLE_MISMATCH", |history, _| {
-        history.wrote(write("refused", "user", [40, 50], Told::Declined(MISMATCH.into())));
+        history.wrote(write("refused", "user", [40, 50], declined("admin")));
     }),
     ("refused, and done all the same", |history, _| {
         let mut writes = history.writes.lock().unwrap();
-        writes[1] = Write { expected: Some("user".into()), told: Told::Declined(MISMATCH.into()), ..writes[1].clone() };
+        writes[1] = Write { expected: Some("user".into()), told: declined("moderator"), ..writes[1].clone() };
     }),
     ("done though another role was expected", |history, _| {
         history.writes.lock().unwrap()[1].expected = Some("user".into());
@@ -85,8 +85,31 @@ const CASES: [Case; 31] = [
         history.seen.lock().unwrap()[0].commits.push(seen(&entry(3, "admin", "user", "")));
     }),
     ("a heartbeat promised 2", |history, _| history.seen.lock().unwrap()[0].heartbeats.push((2, 1))),
+    ("", |history, _| {
+        // It was a moderator until 20 at the earliest.
+        let told = declined("moderator");
+        history.wrote(Write { expected: Some("admin".into()), ..write("declined", "user", [12, 25], told) });
+    }),
+    ("declined though all was as it should be", |history, _| {
+        let told = declined("admin");
+        history.wrote(Write { expected: Some("admin".into()), ..write("declined", "user", [32, 35], told) });
+    }),
+    ("declined for a role that was not there", |history, _| {
+        let told = declined("moderator");
+        history.wrote(Write { expected: Some("user".into()), ..write("declined", "user", [32, 35], told) });
+    }),
+    ("declined though it had been done", |history, _| {
+        // Its first answer got lost.
+        let told = declined("admin");
+        let expected = Some("moderator".into());
+        history.writes.lock().unwrap()[1].expected.clone_from(&expected);
+        history.wrote(Write { expected, ..write("second", "admin", [32, 35], told) });
+    }),
+    ("slow though nothing was broken", |history, _| {
+        history.read(Read { begun: Duration::from_millis(110), ..read(2, 3_150, "admin") });
+    }),
     ("a write was told STORE_UNREACHABLE", |history, _| {
-        // Nothing was broken from 100 to 200.
+        // Nothing was broken from 100 to 4,000.
         history.wrote(write("refused", "user", [110, 190], Told::Refused("STORE_UNREACHABLE".into())));
     }),
     ("doubled: ", |_, entries| {
@@ -132,7 +155,7 @@ fn run(rounds: Rounds) -> Outcome {
         add(&history, &mut entries);
         let log = Log::of(entries, BTreeMap::from([(1, "admin".into())]));
         // A store that is away for a while ends no watch.
-        let calms = vec![(Duration::from_millis(100), Duration::from_millis(200))];
+        let calms = vec![(Duration::from_millis(100), Duration::from_millis(4_000))];
         let excuses = Excuses { reasons: &["STORE_UNREACHABLE"], calms, ..Excuses::default() };
         let found = checker::all(&history, &log, &excuses);
         let is_it = |found: &String| !due.is_empty() && found.contains(due);
@@ -216,6 +239,10 @@ fn seen(entry: &Entry) -> (Duration, Commit) {
     let Entry { revision, user, old, new, .. } = entry.clone();
     let change = RoleChange { revision, user_id: user, old_role: old, new_role: new, ..RoleChange::default() };
     (Duration::from_millis(10 * revision as u64), Commit { revision, changes: vec![change], ..Commit::default() })
+}
+
+fn declined(current: &str) -> Told {
+    Told::Declined { why: MISMATCH.into(), current: current.into() }
 }
 
 const PROCESS: Process = Process { replica: 0, start: 1 };

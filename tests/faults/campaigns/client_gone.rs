@@ -206,12 +206,13 @@ impl Client {
         if way == 1 {
             drop((client, stays));
         }
-        let is_over =
-            matches!(&answer, Some(Err(status)) if matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled));
+        let took = self.history.now() - begun;
+        let is_over = deadline.is_some_and(|deadline| took >= deadline)
+            && matches!(&answer, Some(Err(status)) if matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled));
         if matches!(answer, Some(Ok(_))) {
-            let took = (self.history.now() - begun).as_micros() as u64;
             // Of late, and not more than a few times as long: most rows are not held.
-            self.usual.store((usual * 15 + took.min(8 * usual)) / 16, Ordering::Relaxed);
+            let took = (took.as_micros() as u64).min(8 * usual);
+            self.usual.store((usual * 15 + took) / 16, Ordering::Relaxed);
         }
         // Its own deadline is nobody else's reason.
         attempt.end(answer.as_ref().filter(|_| !is_over));

@@ -3,11 +3,14 @@
 use std::{collections::HashSet, path::Path, process::Command, sync::Arc, time::Duration};
 
 use futures::{FutureExt, future::join_all};
-use rolecache::proto::v1::{SetRoleRequest, WatchRoleChangesRequest};
-use tokio::{
-    task::spawn_blocking,
-    time::{Instant, timeout},
+use rolecache::proto::v1::{
+    RoleChange, SetRoleRequest, WatchRoleChangesRequest, role_cache_service_client::RoleCacheServiceClient,
 };
+use tokio::{
+    task::{JoinSet, spawn_blocking},
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tonic::transport::Channel;
 
 use crate::{
     campaign::{Campaign, Outcome, Rounds},
@@ -80,6 +83,11 @@ async fn run(mut rounds: Rounds) -> Outcome {
         })
         .await;
         let accepts = Instant::now();
+        let trying: JoinSet<_> = cluster
+            .replicas
+            .iter()
+            .flat_map(|it| lost.iter().map(|token| refused(it.client(), token.clone())))
+            .collect();
         // Numbers that were given out before stand for something else now, before anybody looks or after it.
         let more = rounds.random.usize(0..60);
         for n in 0..more {
@@ -99,9 +107,9 @@ async fn run(mut rounds: Rounds) -> Outcome {
         }
         // Numbers that stand for something else now are not told of before the end.
         let happened: HashSet<_> =
-            before.entries.iter().map(|entry| (entry.revision, entry.user, &*entry.new)).collect();
+            before.entries.iter().map(|entry| (entry.revision, entry.user, entry.new.clone())).collect();
         for change in open.iter().flat_map(|watch| watch.changes()) {
-            if !happened.contains(&(change.revision, change.user_id, &*change.new_role)) {
+            if !happened.contains(&told_of(&change)) {
                 outcome.violated([format!("history {round}: a watch of the lost one was told of {change:?}")]);
             }
         }
@@ -118,15 +126,13 @@ async fn run(mut rounds: Rounds) -> Outcome {
             Ok(()) => outcome.fired += 1,
         }
         traffic.settle_after(after.head(), &mut outcome).await;
-        for replica in &cluster.replicas {
-            for token in &lost {
-                let told = match Watching::open(replica.client(), resuming(token)).await {
-                    Ok(_) => "OK".to_owned(),
-                    Err(status) => reason(&status),
-                };
-                if told != "HISTORY_CHANGED" {
-                    outcome.violated([format!("history {round}: a token of the lost one was told {told}")]);
+        for told in trying.join_all().await {
+            match told {
+                Ok(changes) => {
+                    let strange = changes.iter().find(|change| !happened.contains(&told_of(change)));
+                    outcome.violated(strange.map(|it| format!("history {round}: a resumed watch was told of {it:?}")));
                 }
+                Err(why) => outcome.violated([format!("history {round}: with a token of the lost one: {why}")]),
             }
         }
         for watch in join_all(kept.iter().flat_map(|token| watches(&cluster, token))).await {
@@ -137,6 +143,35 @@ async fn run(mut rounds: Rounds) -> Outcome {
     }
     outcome.times("noticed after", noticed);
     outcome
+}
+
+fn told_of(change: &RoleChange) -> (i64, i64, String) {
+    (change.revision, change.user_id, change.new_role.clone())
+}
+
+/// Resumes from a token of the lost history until it is refused for that; what the streams told that began before. Err says that
+/// somebody goes on.
+async fn refused(client: RoleCacheServiceClient<Channel>, token: String) -> Result<Vec<RoleChange>, String> {
+    let mut told = Vec::new();
+    let until = Instant::now() + NOTICED;
+    loop {
+        let status = match timeout_at(until, Watching::open(client.clone(), resuming(&token))).await {
+            Ok(Ok(mut watch)) => {
+                let end = timeout_at(until, watch.until_end()).await;
+                told.extend(watch.changes());
+                end.map_err(|_| "a watch goes on".to_owned())?
+            }
+            Ok(Err(status)) if reason(&status) == "HISTORY_CHANGED" => return Ok(told),
+            Ok(Err(status)) => status,
+            Err(_) => return Err("a watch does not begin".into()),
+        };
+        match reason(&status).as_str() {
+            // Of a watch that had begun: again, to be refused now.
+            "HISTORY_CHANGED" => {}
+            "STORE_UNREACHABLE" if Instant::now() < until => sleep(Duration::from_millis(5)).await,
+            other => return Err(format!("a watch was told {other}")),
+        }
+    }
 }
 
 fn resuming(token: &str) -> WatchRoleChangesRequest {

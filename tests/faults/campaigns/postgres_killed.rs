@@ -9,12 +9,9 @@ use crate::{
     asking::until_serving,
     campaign::{Campaign, Outcome, Rounds},
     checker,
-    cluster::{Cluster, MIXED, Plan, postgres},
+    cluster::{Cluster, MIXED, Plan, RECOVERY, postgres},
     traffic::{Load, Traffic},
 };
-
-/// From when it accepts connections again.
-const SERVING_AFTER: Duration = Duration::from_secs(5);
 
 /// A seeded bug, which `ROLECACHE_SEED_UNFLUSHED=1` asks for: a commit is answered before it is on disk.
 const UNFLUSH: &str = "do $$ begin
@@ -43,7 +40,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     }
     let traffic =
         Traffic::start(&cluster, Load { excuses: checker::STORE_BROKEN, ..Load::default() }, &mut rounds.random);
-    let mut back = Vec::new();
+    let (mut back, mut kills) = (Vec::new(), Vec::new());
     while let Some(round) = outcome.next_of(rounds.count) {
         if let Err(weak) = traffic.run_up(200).await {
             outcome.weak.push(format!("kill {round}: {weak}"));
@@ -51,6 +48,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
             outcome.fired += 1;
         }
         sleep(Duration::from_millis(rounds.random.u64(0..50))).await;
+        kills.push(traffic.history.now());
         let broken = postgres.clone();
         tokio::task::spawn_blocking(move || {
             broken.kill_hard();
@@ -62,7 +60,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
             .map(|replica| until_serving(&cluster, replica, &traffic.history, rounds.random.fork()));
         for served in join_all(serving.collect::<Vec<_>>()).await {
             match served {
-                Ok(after) if after > SERVING_AFTER => {
+                Ok(after) if after > RECOVERY => {
                     outcome.violated([format!("kill {round}: serving only {after:?} after it accepted")]);
                 }
                 Ok(after) => back.push(after),
@@ -70,7 +68,11 @@ async fn run(mut rounds: Rounds) -> Outcome {
             }
         }
     }
+    let history = traffic.history.clone();
     traffic.settle(&mut outcome).await;
+    let writes = history.writes.lock().unwrap();
+    let met = kills.iter().filter(|kill| writes.iter().any(|write| write.begun < **kill && **kill < write.ended));
+    outcome.figure("kills that met a write on its way", format!("{} of {}", met.count(), kills.len()));
     outcome.times("a write committed and read again after", back);
     outcome
 }

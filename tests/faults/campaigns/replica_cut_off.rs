@@ -1,6 +1,6 @@
 //! A replica is cut off from the store, or stands still, while the other one goes on writing.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use futures::{FutureExt, future::join_all};
 use rolecache::proto::v1::GetRoleRequest;
@@ -10,7 +10,7 @@ use crate::{
     campaign::{Campaign, Outcome, Rounds},
     checker,
     cluster::{Cluster, MIXED, Plan, Replica, postgres},
-    history::{Answer, Read},
+    history::{Answer, Read, Told},
     support::proxy::{Fate, Which},
     traffic::{self, Load, Traffic},
 };
@@ -21,13 +21,15 @@ enum Fault {
     Refused,
     /// Nothing comes through, and nobody is told.
     Hole,
+    /// All that is sent to the store arrives, and no answer comes back: what is written is done, and nobody is told.
+    Unanswered,
     /// SIGSTOP, then SIGCONT.
     Paused,
     /// The same while every answer of the store is on its way for a while: what arrives afterwards is old.
     PausedInFlight,
 }
 
-const FAULTS: [Fault; 4] = [Fault::Paused, Fault::Refused, Fault::PausedInFlight, Fault::Hole];
+const FAULTS: [Fault; 5] = [Fault::Unanswered, Fault::Paused, Fault::Refused, Fault::PausedInFlight, Fault::Hole];
 
 /// Reads at once: while it is cut off, and in its sockets when it goes on after a pause.
 const BURST: usize = 200;
@@ -52,8 +54,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let cluster =
         Arc::new(Cluster::start(&url, Plan { replicas: 2, each: MIXED, proxied: true, ..Plan::default() }).await);
     // Few users: each changes often enough that an old answer is a wrong one.
-    let load =
-        Load { write_to: Some(1), users: 12, excuses: checker::STORE_BROKEN, excused: Some(0), ..Load::default() };
+    let load = Load { users: 12, excuses: checker::STORE_BROKEN, excused: Some(0), ..Load::default() };
     let traffic = Traffic::start(&cluster, load, &mut rounds.random);
     let victim = &cluster.replicas[0];
     let proxy = victim.proxy.as_ref().unwrap();
@@ -64,13 +65,21 @@ async fn run(mut rounds: Rounds) -> Outcome {
         proxy.strike(Which::All, *rounds.random.choice([Fate::Open, Fate::Sliced].iter()).unwrap());
         let weak = traffic.run_up(200).await;
         let met = match fault {
-            Fault::Refused | Fault::Hole => {
-                if matches!(fault, Fault::Refused) {
-                    proxy.refuse(true);
-                    proxy.strike(Which::All, Fate::Reset);
-                } else {
-                    proxy.freeze();
-                    proxy.strike(Which::All, Fate::Hole);
+            Fault::Refused | Fault::Hole | Fault::Unanswered => {
+                match fault {
+                    Fault::Refused => {
+                        proxy.refuse(true);
+                        proxy.strike(Which::All, Fate::Reset);
+                    }
+                    Fault::Unanswered => {
+                        proxy.strike(Which::All, Fate::DeafClient);
+                        // Whoever connects again has to wait.
+                        proxy.freeze();
+                    }
+                    _ => {
+                        proxy.freeze();
+                        proxy.strike(Which::All, Fate::Hole);
+                    }
                 }
                 sleep(Duration::from_millis(rounds.random.u64(LASTS))).await;
                 // The usual readers are stuck by now, each at a revision that cannot come.
@@ -110,7 +119,14 @@ async fn run(mut rounds: Rounds) -> Outcome {
         }
         back.push(victim.until_in_step().await);
     }
+    let history = traffic.history.clone();
     traffic.settle(&mut outcome).await;
+    let log = cluster.log().await;
+    let logged: HashSet<&str> = log.entries.iter().map(|entry| entry.reason.as_str()).collect();
+    let writes = history.writes.lock().unwrap();
+    let in_doubt = writes.iter().filter(|write| matches!(&write.told, Told::Unknown(_)));
+    let done: HashSet<&str> = in_doubt.map(|write| write.id.as_str()).filter(|id| logged.contains(id)).collect();
+    outcome.figure("writes that were done and not answered", done.len());
     outcome.figure("answers while cut off", cut_off);
     outcome.figure("answers at the end of a pause", paused);
     outcome.times("in step again after", back);

@@ -21,6 +21,7 @@ use crate::{
     checker,
     cluster::{Cluster, Plan, postgres},
     history::{Answer, History, Process, Read},
+    request::Request,
     support::server::PATIENCE,
     traffic::{Load, ROLES, Traffic, reason},
     watcher::Watcher,
@@ -63,6 +64,12 @@ async fn run(mut rounds: Rounds) -> Outcome {
     outcome.proves_nothing(traffic.run_up(200).await.err());
     let others: Vec<usize> = (0..REPLICAS).filter(|replica| *replica != WRITTEN).collect();
     let clients: Vec<_> = cluster.replicas.iter().map(|replica| replica.client()).collect();
+    // From here on all of them are in every cache.
+    for client in &clients {
+        for user_id in FIRST..FIRST + USERS {
+            client.clone().get_role(GetRoleRequest { user_id, ..Default::default() }).await.expect("a read");
+        }
+    }
     let stop = CancellationToken::new();
     let mut hearing = JoinSet::new();
     let heard_to: Vec<_> = others.iter().map(|_| Arc::new(Mutex::new(0))).collect();
@@ -196,7 +203,7 @@ async fn ask(
     let (user, min_revision) = (request.user_id, request.min_revision);
     history.read(Read { user, process, begun, ended: history.now(), min_revision, answer: answer.clone() });
     let answer = answer?;
-    match answer.revision < revision || answer.stale || answer.source == Source::Unspecified {
+    match answer.revision < revision || answer.stale || answer.source != Source::Cache {
         true => Err(format!("user {user}: {revision} was told of before, {process:?} answers {answer:?}")),
         false => Ok(answer),
     }

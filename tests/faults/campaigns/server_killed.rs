@@ -7,7 +7,7 @@ use tokio::time::sleep;
 
 use crate::{
     campaign::{Campaign, Outcome, Rounds},
-    cluster::{Cluster, MIXED, Plan, postgres},
+    cluster::{Cluster, MIXED, Plan, RECOVERY, postgres},
     traffic::{Load, Traffic},
 };
 
@@ -80,7 +80,11 @@ pub(super) async fn kill(mut rounds: Rounds, cluster: &Arc<Cluster>) -> Outcome 
             }
         }
         victim.start().await;
-        back.push(victim.until_in_step().await);
+        let after = victim.until_in_step().await;
+        if after > RECOVERY {
+            outcome.violated([format!("kill {round}: serving only {after:?} after it was ready")]);
+        }
+        back.push(after);
     }
     traffic.settle(&mut outcome).await;
     outcome.figure("died at", format!("{met:?}"));

@@ -6,13 +6,14 @@ use std::{
 };
 
 use futures::FutureExt;
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
+use tokio::{sync::watch, task::JoinSet, time::timeout};
 
 use crate::{
     campaign::{Campaign, Outcome, Rounds},
     checker,
     cluster::{Cluster, Plan, Replica, postgres},
+    history::Seen,
+    support::server::PATIENCE,
     traffic::{Load, Traffic},
     watcher::Watcher,
 };
@@ -59,15 +60,15 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let mut traffic = Traffic::start(&cluster, load, &mut rounds.random);
     traffic.users = (1..=100).collect();
     // What the first calls cost is not theirs.
-    turn(&cluster).await;
+    turn(&cluster, &mut outcome).await;
     let before = replica.memory("VmRSS");
     let (mut without, mut beside, mut stuck) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..TURNS {
         stuck.clear();
-        without.extend(turn(&cluster).await);
+        without.extend(turn(&cluster, &mut outcome).await);
         outcome.proves_nothing(traffic.run_up(100).await.err());
         stuck = open(replica, rounds.count).await;
-        beside.extend(turn(&cluster).await);
+        beside.extend(turn(&cluster, &mut outcome).await);
     }
     let grown = replica.memory("VmHWM") - before;
     let (calm, crowded) = (p99(&mut without), p99(&mut beside));
@@ -109,15 +110,15 @@ async fn open(replica: &Replica, count: u64) -> Vec<Watcher> {
     stuck
 }
 
-/// What commits took to healthy watchers.
-async fn turn(cluster: &Arc<Cluster>) -> Vec<Duration> {
-    let stop = CancellationToken::new();
+/// What commits took to healthy watchers, who have to see them all.
+async fn turn(cluster: &Arc<Cluster>, outcome: &mut Outcome) -> Vec<Duration> {
+    let end = watch::Sender::new(i64::MAX);
     let mut watchers = JoinSet::new();
     for _ in 0..HEALTHY {
         let mut client = cluster.replicas[0].client();
         let mut watcher = Watcher::after("");
         watcher.open(&mut client).await.expect("a watch starts");
-        watchers.spawn(measure(watcher, stop.clone()));
+        watchers.spawn(measure(watcher, end.subscribe()));
     }
     let commits = format!(
         "do $$ begin for i in 1..{COMMITS} loop
@@ -128,25 +129,29 @@ async fn turn(cluster: &Arc<Cluster>) -> Vec<Duration> {
          end loop; end $$"
     );
     cluster.shell.go(commits).await;
-    stop.cancel();
-    watchers.join_all().await.into_iter().flatten().collect()
+    let log = cluster.log().await;
+    end.send_replace(log.head());
+    let mut late = Vec::new();
+    for (seen, times) in timeout(PATIENCE, watchers.join_all()).await.expect("healthy watchers see all of it in time") {
+        outcome.violated(checker::watches_are_the_log(&seen, &log));
+        late.extend(times);
+    }
+    late
 }
 
-/// From each commit to its message, on the clock that both are on.
-async fn measure(mut watcher: Watcher, stop: CancellationToken) -> Vec<Duration> {
+/// From each commit to its message, on the clock that both are on; up to the end, once it is known.
+async fn measure(mut watcher: Watcher, end: watch::Receiver<i64>) -> (Seen, Vec<Duration>) {
     let mut late = Vec::new();
-    loop {
+    while watcher.at() < *end.borrow() {
         let told = watcher.seen.commits.len();
-        tokio::select! {
-            () = stop.cancelled() => return late,
-            taken = watcher.next() => taken.expect("a healthy watch goes on"),
-        }
+        watcher.next().await.expect("a healthy watch goes on");
         for (_, commit) in &watcher.seen.commits[told..] {
             let at = commit.changes[0].changed_at.expect("every change has its time");
             let at = Duration::new(at.seconds as u64, at.nanos as u32);
             late.push(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().saturating_sub(at));
         }
     }
+    (watcher.seen, late)
 }
 
 fn p99(late: &mut [Duration]) -> Duration {

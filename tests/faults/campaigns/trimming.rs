@@ -1,7 +1,7 @@
 //! The log is trimmed under watchers: slow ones, and ones that resume just at the boundary.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures::{FutureExt, future::join_all};
+use rolecache::proto::v1::RoleChange;
 use tokio::{task::JoinSet, time::sleep};
 use tonic::Status;
 use tonic_types::StatusExt;
@@ -25,6 +26,9 @@ use crate::{
 
 /// Commits of 40 days ago at the start. The newest 10,000 always stay, so each that comes lets an old one go.
 const AGED: i64 = 12_000;
+
+/// Between the users of one of them.
+const ASIDE: i64 = 100_000;
 
 /// Commits at once, in a round.
 const BURST: i64 = 200;
@@ -48,10 +52,13 @@ pub fn campaigns() -> Vec<Campaign> {
     }]
 }
 
-/// What one stream told: where it began, the commits, and why it ended, if it did.
+/// One change of a commit: whom it is about, the role before, empty for none, and the one after.
+type Change = (i64, String, String);
+
+/// What one stream told: where it began, the commits with their changes, and why it ended, if it did.
 struct Told {
     after: i64,
-    revisions: Vec<i64>,
+    commits: Vec<(i64, Vec<Change>)>,
     compacted: bool,
     /// From where on there is a log, as REVISION_COMPACTED says it.
     oldest: Option<i64>,
@@ -61,7 +68,7 @@ struct Told {
 /// The log as it was before anything of it was trimmed, and tokens of places in it.
 #[derive(Default)]
 struct Known {
-    revisions: BTreeSet<i64>,
+    commits: BTreeMap<i64, Vec<Change>>,
     /// Of what was committed since the start.
     entries: Vec<Entry>,
     tokens: Mutex<BTreeMap<i64, String>>,
@@ -84,7 +91,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     }
     let mut traffic = Traffic::start(&cluster, Load { watchers: 0, ..Load::default() }, &mut rounds.random);
     outcome.proves_nothing(traffic.run_up(200).await.err());
-    let mut known = Known { revisions: (1..=AGED).collect(), ..Known::default() };
+    let mut known = Known { commits: (1..=AGED).map(|n| (n, of_aged(n))).collect(), ..Known::default() };
     let mut boundary = known.look(&cluster.shell).await;
     let over = Arc::new(AtomicBool::new(false));
     let mut slow = JoinSet::new();
@@ -128,7 +135,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     traffic.users.extend(1_000..=1_000 + BURST);
     traffic.judge(&log, &mut outcome).await;
     outcome.violated(told.iter().filter_map(|told| told.invented(boundary)));
-    outcome.violated(told.iter().filter_map(|told| told.hole(&known.revisions)));
+    outcome.violated(told.iter().filter_map(|told| told.hole(&known.commits)));
     let compacted = told.iter().filter(|told| told.compacted).count();
     outcome.figure("streams", format!("{}, of which {compacted} were told REVISION_COMPACTED", told.len()));
     outcome.figure("slow watchers overtaken by the trimmer", slow_compacted);
@@ -138,22 +145,31 @@ async fn run(mut rounds: Rounds) -> Outcome {
     outcome
 }
 
-/// Old commits, one change each, and the table that they lead to.
+/// Old commits, and the table that they lead to: each makes an admin, one in ten three.
 fn aged() -> String {
     format!(
         "begin;
          alter table users disable trigger user;
-         insert into users (user_id, role) select n, 'admin' from generate_series(1000, 999 + {AGED}) n;
+         insert into users (user_id, role)
+         select 999 + n + m * {ASIDE}, 'admin' from generate_series(1, {AGED}) n, generate_series(0, 2) m
+         where m = 0 or n % 10 = 0;
          alter table users enable always trigger _rolecache_insert, enable always trigger _rolecache_update,
            enable always trigger _rolecache_delete, enable always trigger _rolecache_truncate;
          insert into rolecache.commits (id, xid, revision, size, committed_at)
-         select n, '3', n, 1, clock_timestamp() - interval '40 days' from generate_series(1, {AGED}) n;
+         select n, '3', n, case when n % 10 = 0 then 3 else 1 end, clock_timestamp() - interval '40 days'
+         from generate_series(1, {AGED}) n;
          insert into rolecache.changes (commit_id, user_id, new_role)
-         select n, 999 + n, 'admin' from generate_series(1, {AGED}) n;
+         select n, 999 + n + m * {ASIDE}, 'admin' from generate_series(1, {AGED}) n, generate_series(0, 2) m
+         where m = 0 or n % 10 = 0 order by n, m;
          select setval('rolecache.revision', {AGED}), setval('rolecache.commits_id_seq', {AGED});
          commit;
          analyze"
     )
+}
+
+fn of_aged(revision: i64) -> Vec<Change> {
+    let users = (0..if revision % 10 == 0 { 3 } else { 1 }).map(|m| 999 + revision + m * ASIDE);
+    users.map(|user| (user, String::new(), "admin".to_owned())).collect()
 }
 
 /// Commits of one change each, and all that there are 40 days older.
@@ -172,13 +188,15 @@ fn burst(round: u64) -> String {
 impl Known {
     /// Up to where the log is trimmed now.
     async fn look(&mut self, shell: &Shell) -> i64 {
-        let newest = self.revisions.last().copied().unwrap_or(0);
+        let newest = self.commits.last_key_value().map_or(0, |(revision, _)| *revision);
         let printed =
             shell.go(format!("select trimmed_revision from rolecache.feed; {}", Log::query(shell, newest))).await;
         let mut lines = printed.lines();
         let boundary = lines.next().expect("the feed has its row").parse().unwrap();
         let new: Vec<Entry> = lines.map(Entry::parse).collect();
-        self.revisions.extend(new.iter().map(|entry| entry.revision));
+        for Entry { revision, user, old, new, .. } in new.clone() {
+            self.commits.entry(revision).or_default().push((user, old, new));
+        }
         self.entries.extend(new);
         boundary
     }
@@ -239,12 +257,18 @@ fn oldest(status: &Status) -> Option<i64> {
 
 impl Told {
     fn of(after: i64, watcher: &Watcher, end: Option<Status>) -> Self {
-        let revisions: Vec<i64> = watcher.seen.commits.iter().map(|(_, commit)| commit.revision).collect();
+        let change = |change: RoleChange| (change.user_id, change.old_role, change.new_role);
+        let commits: Vec<_> = watcher
+            .seen
+            .commits
+            .iter()
+            .map(|(_, commit)| (commit.revision, commit.changes.iter().cloned().map(change).collect()))
+            .collect();
         let compacted = end.as_ref().is_some_and(|status| {
-            let at = revisions.last().copied().unwrap_or(after);
+            let at = commits.last().map_or(after, |(revision, _): &(i64, Vec<Change>)| *revision);
             reason(status) == "REVISION_COMPACTED" && oldest(status).is_some_and(|oldest| oldest > at)
         });
-        Self { after, revisions, compacted, oldest: end.as_ref().and_then(oldest), end: end.as_ref().map(reason) }
+        Self { after, commits, compacted, oldest: end.as_ref().and_then(oldest), end: end.as_ref().map(reason) }
     }
 
     /// What it was told is trimmed, and is not.
@@ -256,16 +280,14 @@ impl Told {
     }
 
     /// What is wrong with it, if anything.
-    fn hole(&self, known: &BTreeSet<i64>) -> Option<String> {
-        let Self { after, revisions, compacted, end, .. } = self;
-        let due: Vec<i64> = known.range(after + 1..).take(revisions.len()).copied().collect();
-        if let Some((due, told)) = due.iter().zip(revisions).find(|(due, told)| due != told) {
-            return Some(format!("a hole: a watch after {after} was told of {told} where {due} was due"));
+    fn hole(&self, known: &BTreeMap<i64, Vec<Change>>) -> Option<String> {
+        let Self { after, commits, compacted, end, .. } = self;
+        let due = known.range(after + 1..);
+        if let Some((due, told)) = due.zip(commits).find(|(due, told)| *due != (&told.0, &told.1)) {
+            return Some(format!("a hole: a watch after {after} was told of {told:?} where {due:?} was due"));
         }
         match end {
-            Some(end) if !compacted => {
-                Some(format!("a watch after {after} ended with {end} at {:?}", revisions.last()))
-            }
+            Some(end) if !compacted => Some(format!("a watch after {after} ended with {end} at {:?}", commits.last())),
             _ => None,
         }
     }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio::time::{Instant, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{Caller, NO_REASON, ROLES, told};
+use super::{Caller, ROLES, told};
 use crate::{
-    history::{Told, Write},
+    history::{Process, Told, Write},
     request::{ADMIN, Request},
 };
 
@@ -34,7 +34,7 @@ pub(super) async fn write_once(caller: &mut Caller) {
         let told = ask(caller, &request).await;
         match told {
             Told::Done { .. } => return believe(request, caller),
-            Told::Declined(_) => return believe_nothing(&request, caller),
+            Told::Declined { .. } => return believe_nothing(&request, caller),
             Told::Refused(_) if caller.random.u8(..4) > 0 || Instant::now() > until => {
                 return believe_nothing(&request, caller);
             }
@@ -55,12 +55,10 @@ async fn ask(caller: &mut Caller, request: &Request) -> Told {
         Ok(done) => Told::Done { revision: done.revision, changed: done.changed },
         Err(status) => told(&status),
     };
-    // Asked of one process and answered by the next: of neither.
-    let told = match told {
-        Told::Done { .. } if caller.process(replica) != process => {
-            Told::Unknown(format!("{NO_REASON}: of which process?"))
-        }
-        told => told,
+    // Asked of one process and, for all that is known, answered by the next: done it is, by neither.
+    let process = match told {
+        Told::Done { .. } if caller.process(replica) != process => Process::NEITHER,
+        _ => process,
     };
     let ended = caller.history.now();
     caller.history.wrote(Write { process, begun, ended, told: told.clone(), ..request.described() });
@@ -80,7 +78,7 @@ fn random(caller: &mut Caller) -> Request {
             Request::transfer(from, to, &mut caller.random)
         }
         _ => {
-            let role = *caller.random.choice(ROLES).unwrap();
+            let role = caller.random.choice(ROLES).unwrap();
             let mut request = Request::set(user, role, &mut caller.random);
             // One in four goes by what it believes.
             if let Request::Set(set) = &mut request
