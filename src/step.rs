@@ -163,7 +163,7 @@ impl Step {
     }
 
     /// Whether what is followed has this very commit: a store that has gone back in time gives the same numbers again. None
-    /// where it is not applied yet, or too long ago.
+    /// where that is older or newer than what is kept of it.
     pub fn has(&self, seen: Anchor) -> Option<bool> {
         self.0.recent.has(seen)
     }
@@ -350,7 +350,7 @@ mod tests {
 
         let other = Anchor { tag: Tag(Uuid::max()), ..anchor(4) };
         assert_eq!([anchor(3), anchor(4), other].map(|seen| step.has(seen)), [Some(true), Some(true), Some(false)]);
-        assert_eq!([anchor(2), anchor(5), anchor(7)].map(|seen| step.has(seen)), [None; 3]);
+        assert_eq!([anchor(2), anchor(5), anchor(7)].map(|seen| step.has(seen)), [None, Some(false), None]);
 
         let (first, place) = (step.history(), step.place());
         assert_eq!(place.applied, anchor(6));

@@ -56,7 +56,16 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(5);
 pub struct Writer {
     queue: mpsc::Sender<Pending>,
     step: Step,
-    held_up: Arc<Mutex<Option<Instant>>>,
+    moved: Arc<Mutex<Moved>>,
+}
+
+/// When groups last got somewhere.
+#[derive(Clone, Copy, Default)]
+struct Moved {
+    /// The store had an answer for one.
+    answered: Option<Instant>,
+    /// It said that nobody can commit, for somebody else's transaction.
+    held_up: Option<Instant>,
 }
 
 /// The task that commits what callers hand over.
@@ -65,8 +74,7 @@ pub struct WriterTask {
     step: Step,
     queue: mpsc::Receiver<Pending>,
     busy: mpsc::Sender<Pending>,
-    /// When a group last found all that it wanted held by others: who has no turn soon after that waits for them.
-    held_up: Arc<Mutex<Option<Instant>>>,
+    moved: Arc<Mutex<Moved>>,
 }
 
 /// The task that tries again what was held by others.
@@ -100,16 +108,11 @@ pub enum WriteFailure {
 pub fn writer(store: Arc<dyn Store>, step: Step) -> (Writer, WriterTask, BusyTask) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let (busy_sender, busy_queue) = mpsc::channel(QUEUE);
-    let held_up = Arc::default();
-    let task = WriterTask {
-        store: store.clone(),
-        step: step.clone(),
-        queue,
-        busy: busy_sender,
-        held_up: Arc::clone(&held_up),
-    };
+    let moved = Arc::default();
+    let task =
+        WriterTask { store: store.clone(), step: step.clone(), queue, busy: busy_sender, moved: Arc::clone(&moved) };
     let busy = BusyTask { store, step: step.clone(), queue: busy_queue };
-    (Writer { queue: sender, step, held_up }, task, busy)
+    (Writer { queue: sender, step, moved }, task, busy)
 }
 
 // === impl Writer ===
@@ -118,7 +121,7 @@ impl Writer {
     /// Commits a call and waits until this replica has applied it: store, then cache, then watchers. A caller who stops
     /// waiting leaves the write to its fate.
     pub async fn write(&self, call: Call) -> Result<Written, WriteFailure> {
-        let Ok(before) = timeout(CONFIRM_LIMIT, self.step.settled()).await else {
+        let Ok(before) = timeout(TURN_LIMIT, self.step.settled()).await else {
             return Err(WriteFailure::Unreachable(Arc::new(io::Error::new(io::ErrorKind::TimedOut, "no history"))));
         };
         let (answer, mut outcome) = oneshot::channel();
@@ -136,11 +139,7 @@ impl Writer {
         let outcome = match timeout(TURN_LIMIT, &mut outcome).await {
             Ok(outcome) => outcome,
             Err(_) if !decided.swap(true, Ordering::SeqCst) => {
-                let held_up = *self.held_up.lock().unwrap_or_else(PoisonError::into_inner);
-                return Err(match held_up.is_some_and(|held_up| held_up.elapsed() < TURN_LIMIT) {
-                    true => WriteFailure::UserBusy,
-                    false => WriteFailure::Unreachable(no_turn()),
-                });
+                return Err(self.why_no_turn());
             }
             Err(_) => outcome.await,
         };
@@ -155,12 +154,25 @@ impl Writer {
         }
     }
 
+    /// What kept a call from its turn: a foreign transaction, calls that came before it, or a store without an answer.
+    fn why_no_turn(&self) -> WriteFailure {
+        let Moved { answered, held_up } = *self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        let within = |moment: Option<Instant>, limit| moment.is_some_and(|moment| moment.elapsed() < limit);
+        if within(held_up, TURN_LIMIT) {
+            WriteFailure::UserBusy
+        } else if within(answered, TURN_LIMIT / 2) {
+            WriteFailure::Overloaded
+        } else {
+            WriteFailure::Unreachable(no_turn())
+        }
+    }
+
     /// Waits until a write is applied, in the history in which it was handed over.
     async fn confirm(&self, before: Place, written: &Written) -> Result<(), HistoryEnded> {
         if written.revision <= before.applied.revision {
             // Nothing changed, or the first attempt did it long ago; or the store has gone back in time, shows the same
             // numbers again, and the tailer is about to find out.
-            self.step.proven_anew().await;
+            self.step.found_anew(before.history).await;
         }
         self.step.reach_in(before.history, written.revision).await?;
         // The number alone may be another commit's by now: of a standby that lacks this one and took over before it was read.
@@ -194,8 +206,14 @@ impl WriterTask {
             line.0.extend(arrived.drain(..));
             let Committed { again, lost, held_up } =
                 commit(&*self.store, &self.step, line.take_group(&Taken::default())).await;
-            if held_up {
-                *self.held_up.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+            {
+                let mut moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+                let now = Some(Instant::now());
+                match (held_up, &lost) {
+                    (true, _) => moved.held_up = now,
+                    (false, None) => moved.answered = now,
+                    (false, Some(_)) => {}
+                }
             }
             for pending in again {
                 // A full lane means that thousands of rows are held: no more can wait.
@@ -267,7 +285,7 @@ struct Committed {
     again: Vec<Pending>,
     /// The store could not be reached with them, or fell silent.
     lost: Option<Cause>,
-    /// Others held all that it wanted.
+    /// Nobody can commit: somebody's transaction holds what every commit needs.
     held_up: bool,
 }
 
@@ -296,7 +314,7 @@ async fn commit(store: &dyn Store, step: &Step, group: Vec<Pending>) -> Committe
         Err(WriteError::OutcomeUnknown(cause)) if silent => Some(cause.clone()),
         _ => None,
     });
-    let held_up = outcomes.iter().all(|outcome| matches!(outcome, Err(WriteError::Busy)));
+    let held_up = outcomes.iter().any(|outcome| matches!(outcome, Err(WriteError::AllHeld)));
     let answered = waiting.into_iter().zip(outcomes);
     let again = answered.filter_map(|(pending, outcome)| pending.settle(outcome)).collect();
     Committed { again, lost, held_up }

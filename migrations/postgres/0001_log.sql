@@ -445,15 +445,17 @@ begin
       end loop;
     end;
     for k in
-      select x.n, q.hash <> x.hash as other, q.commit_id, q.revision,
+      select x.n, q.hash <> x.hash as other, q.commit_id, q.revision, c.tag,
         (extract(epoch from q.at) * 1000000)::bigint as at_us
       from jsonb_to_recordset(calls) x (n int, actor text, request text, hash text)
       join rolecache.requests q on q.actor = x.actor and q.request_id = x.request
+      left join rolecache.commits c on c.id = q.commit_id
       where q.commit_id is not null or q.revision is not null
     loop
       outcomes[k.n + 1] := case when k.other then 'reused' when k.commit_id is not null then 'changed' else 'same' end;
       commit_ids[k.n + 1] := k.commit_id;
       revisions[k.n + 1] := k.revision;
+      tags[k.n + 1] := k.tag;
       times[k.n + 1] := k.at_us;
     end loop;
   end if;

@@ -266,6 +266,10 @@ impl Cursor {
             commit.revision <= applied && (is_first || bytes <= PAGE_BYTES)
         };
         self.paged = page.commits.into_iter().take_while(is_taken).map(Arc::new).collect();
+        // Two servers may answer for one another while one takes over. A page is one server's: as its last commit, so all.
+        if self.paged.back().is_some_and(|last| self.feed.shared.step.has(last.anchor()) == Some(false)) {
+            return Err(self.history_changed().await);
+        }
         self.paged_to = (self.paged.len() == whole_page).then_some(page.next);
         if self.paged.is_empty() {
             self.moved().await?;

@@ -82,7 +82,7 @@ impl Core {
                 None => Ok(written),
             },
             Err(WriteError::Refused(refusal)) => Err(Fault::write(WriteFailure::Refused(refusal), mailbox)),
-            Err(WriteError::Busy) => Err(Fault::write(WriteFailure::UserBusy, mailbox)),
+            Err(WriteError::Busy | WriteError::AllHeld) => Err(Fault::write(WriteFailure::UserBusy, mailbox)),
             Err(_) => Err(Fault::write(WriteFailure::OutcomeUnknown, mailbox)),
         }
     }
@@ -109,8 +109,8 @@ impl Core {
         let arrived = async {
             let place = self.step.settled().await;
             if seen.revision <= place.applied.revision {
-                // Of what this replica has applied, or the store has gone back in time: the next proof tells.
-                self.step.proven_anew().await;
+                // Of what this replica has applied, or the store has gone back in time: the next read of the log tells.
+                self.step.found_anew(place.history).await;
             }
             self.step.reach_in(place.history, seen.revision).await
         };

@@ -27,11 +27,14 @@ impl Recent {
         anchors.push_back(anchor);
     }
 
-    /// Whether this very commit was applied; None where none of its number is kept.
+    /// Whether this very commit was applied; None where that was too long ago, or is yet to come.
     pub(super) fn has(&self, seen: Anchor) -> Option<bool> {
         let anchors = self.anchors();
-        let at = anchors.binary_search_by_key(&seen.revision, |anchor| anchor.revision).ok()?;
-        Some(anchors[at] == seen)
+        match anchors.binary_search_by_key(&seen.revision, |anchor| anchor.revision) {
+            Ok(at) => Some(anchors[at] == seen),
+            // Between two that follow each other there is none.
+            Err(at) => (0 < at && at < anchors.len()).then_some(false),
+        }
     }
 
     fn anchors(&self) -> MutexGuard<'_, VecDeque<Anchor>> {

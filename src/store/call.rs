@@ -76,6 +76,9 @@ pub enum WriteError {
     /// Somebody's transaction holds what it needs. Nothing was changed; worth another try.
     #[error("somebody's transaction holds the row")]
     Busy,
+    /// Somebody's transaction holds what every commit needs. Nothing was changed; worth another try.
+    #[error("somebody's transaction holds what every commit needs")]
+    AllHeld,
     /// An earlier attempt with the same request id has not ended, and may yet happen; worth another try.
     #[error("an earlier attempt with the same request id has not ended")]
     Underway,

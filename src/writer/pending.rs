@@ -52,8 +52,8 @@ impl Pending {
             Err(WriteError::Broken(cause)) => WriteFailure::Broken(cause),
             // To ask again finds out no more.
             Err(WriteError::Forgotten) => WriteFailure::OutcomeUnknown,
-            Err(WriteError::Busy) if self.may_try_again() => return Some(self),
-            Err(WriteError::Busy) => WriteFailure::UserBusy,
+            Err(WriteError::Busy | WriteError::AllHeld) if self.may_try_again() => return Some(self),
+            Err(WriteError::Busy | WriteError::AllHeld) => WriteFailure::UserBusy,
             Err(WriteError::Unreachable(_)) if self.is_in_doubt() && self.may_try_again() => {
                 return Some(self);
             }

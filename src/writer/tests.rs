@@ -86,9 +86,13 @@ fn a_call_that_nobody_waits_for_is_not_sent_unless_it_may_have_happened() {
 
 #[test]
 fn in_doubt_a_call_is_tried_again_and_never_told_that_nothing_happened() {
-    for error in
-        [WriteError::Unreachable(cause()), WriteError::Busy, WriteError::Underway, WriteError::OutcomeUnknown(cause())]
-    {
+    for error in [
+        WriteError::Unreachable(cause()),
+        WriteError::Busy,
+        WriteError::AllHeld,
+        WriteError::Underway,
+        WriteError::OutcomeUnknown(cause()),
+    ] {
         let (call, mut outcome) = in_doubt(set(1));
         let call = call.settle(Err(error)).expect("it is tried again");
         assert!(outcome.try_recv().is_err());
@@ -145,4 +149,19 @@ fn the_answer_of_the_store_reaches_the_caller() {
         Written { revision: Revision(7), tag: None, at: std::time::SystemTime::UNIX_EPOCH, changes: Vec::new() };
     assert!(call.settle(Ok(written.clone())).is_none());
     assert_eq!(outcome.try_recv().unwrap().unwrap(), written);
+}
+
+#[test]
+fn who_has_no_turn_is_told_what_kept_it() {
+    let told = |answered: Option<Duration>, held_up: Option<Duration>| {
+        let ago = |time: Option<Duration>| time.map(|time| Instant::now() - time);
+        let moved = Moved { answered: ago(answered), held_up: ago(held_up) };
+        let (queue, _) = mpsc::channel(1);
+        Writer { queue, step: crate::step::start().1, moved: Arc::new(Mutex::new(moved)) }.why_no_turn()
+    };
+    let (now, before) = (Some(Duration::ZERO), Some(Duration::from_secs(2)));
+    assert!(matches!(told(None, None), WriteFailure::Unreachable(_)));
+    assert!(matches!(told(before, before), WriteFailure::Unreachable(_)));
+    assert!(matches!(told(now, before), WriteFailure::Overloaded));
+    assert!(matches!(told(now, now), WriteFailure::UserBusy));
 }

@@ -7,6 +7,7 @@ use std::{fmt, io, sync::Arc, time::Duration};
 
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool, Postgres,
+    error::DatabaseError,
     pool::PoolConnection,
     postgres::{PgArguments, PgConnectOptions, PgDatabaseError, PgPoolOptions, PgRow},
     query::Query,
@@ -16,6 +17,10 @@ use super::rows;
 use crate::store::{Cause, OpenError, StoreError};
 
 /// How long a statement may take on the server; the client gives up a little later, in case the connection is dead.
+/// A prepared statement is not there, or is there already: a pooler gives sessions that do not know ours.
+pub(super) const STATEMENT_MISSING: &str = "26000";
+pub(super) const STATEMENT_KNOWN: &str = "42P05";
+
 pub(super) const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 /// Of a look at what is there, when the store is opened.
 pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(10);
@@ -176,9 +181,12 @@ impl Lease {
                 Ok(rows)
             }
             Ok(Err(error)) => {
-                // An error is sent before its transaction is rolled back, and its locks are held till then. What may only be
-                // read is a standby by now.
-                self.sound = error.as_database_error().is_some_and(|it| it.code().as_deref() != Some("25006"))
+                // An error is sent before its transaction is rolled back, and its locks are held till then.
+                // What may only be read is a standby by now; and what a pooler has mixed up stays so.
+                let is_over = |it: &dyn DatabaseError| {
+                    it.code().is_some_and(|code| ["25006", STATEMENT_MISSING, STATEMENT_KNOWN].contains(&&*code))
+                };
+                self.sound = error.as_database_error().is_some_and(|it| !is_over(it))
                     && tokio::time::timeout(MARGIN, self.conn.ping()).await.is_ok_and(|ready| ready.is_ok());
                 Err(error.into())
             }
@@ -278,6 +286,7 @@ impl Failure {
             Self::Sql(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();
                 ["08", "25", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class))
+                    || [STATEMENT_MISSING, STATEMENT_KNOWN].contains(&&*code)
             }
             Self::Sql(error) => matches!(
                 error,

@@ -100,8 +100,15 @@ impl Postgres {
                     left.push(range.start..middle);
                 }
                 Err(trouble) => {
-                    for place in range {
-                        outcomes[place] = Some(Outcome::Answered(Box::new(Err(trouble.answer()))));
+                    let mut tell = |range: Range<usize>, trouble: &Trouble| {
+                        for place in range {
+                            outcomes[place] = Some(Outcome::Answered(Box::new(Err(trouble.answer()))));
+                        }
+                    };
+                    tell(range, &trouble);
+                    // The others would find the same, one after the other, and their callers wait for it.
+                    if let Some(trouble) = trouble.of_the_others() {
+                        left.drain(..).for_each(|range| tell(range, &trouble));
                     }
                 }
             }
@@ -288,11 +295,21 @@ impl Trouble {
         }
     }
 
+    /// What it is for the calls that have not been sent, where it is no matter of those that have.
+    fn of_the_others(&self) -> Option<Self> {
+        match self {
+            Self::Unsent(cause) | Self::Unknown(cause) => Some(Self::Unsent(Arc::clone(cause))),
+            Self::FeedHeld => Some(Self::FeedHeld),
+            Self::Contended | Self::Rejected(_) | Self::Entangled(_) | Self::NotGranted(_) | Self::Broken(_) => None,
+        }
+    }
+
     fn answer(&self) -> WriteError {
         match self {
             Self::Unsent(cause) => WriteError::Unreachable(Arc::clone(cause)),
             Self::Unknown(cause) => WriteError::OutcomeUnknown(Arc::clone(cause)),
-            Self::Contended | Self::FeedHeld => WriteError::Busy,
+            Self::Contended => WriteError::Busy,
+            Self::FeedHeld => WriteError::AllHeld,
             Self::Rejected(cause) => WriteError::Refused(Refusal::Rejected { cause: cause.to_string() }),
             Self::NotGranted(role) => WriteError::Refused(Refusal::NotGranted { role: role.clone() }),
             // One call alone is always told apart.
@@ -316,6 +333,8 @@ impl From<Failure> for Trouble {
             "40003" => Self::Unknown(failure.cause()),
             "55P03" if failure.is_in("number_commit") => Self::FeedHeld,
             "55P03" | "40001" | "40P01" => Self::Contended,
+            // A pooler has given us a session that does not know our statements: nothing was run.
+            session::STATEMENT_MISSING | session::STATEMENT_KNOWN => Self::Unsent(failure.cause()),
             "57014" => Self::Unsent(failure.cause()),
             "42501" => Self::Rejected(failure.cause()),
             "RC002" => Self::Broken(failure.cause()),

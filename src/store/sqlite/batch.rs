@@ -98,10 +98,10 @@ async fn run(live: &Live, facts: &Facts, calls: &[Call], sent: &Mutex<Option<Sen
             *slot = Some(connection);
             Ok(())
         }
-        Err(Failed::All(WriteError::Busy)) => {
+        Err(Failed::All(WriteError::AllHeld)) => {
             // Nothing was begun.
             *slot = Some(connection);
-            Err(Failed::All(WriteError::Busy))
+            Err(Failed::All(WriteError::AllHeld))
         }
         Err(failed) => {
             // Waited for, so that the next transaction does not meet this one's lock.
@@ -120,7 +120,7 @@ async fn transaction(
 ) -> Result<(), Failed> {
     match sqlx::query("begin immediate").execute(&mut *connection).await {
         Ok(_) => {}
-        Err(error) if is_busy(&error) => return Err(Failed::All(WriteError::Busy)),
+        Err(error) if is_busy(&error) => return Err(Failed::All(WriteError::AllHeld)),
         Err(error) => return Err(error.into()),
     }
     let mut batch = Batch::load(connection, &live.users, facts, calls).await?;

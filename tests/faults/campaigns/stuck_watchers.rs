@@ -129,10 +129,11 @@ async fn turn(cluster: &Arc<Cluster>, outcome: &mut Outcome) -> Vec<Duration> {
          end loop; end $$"
     );
     cluster.shell.go(commits).await;
+    end.send_replace(cluster.log().await.head());
+    let healthy = timeout(PATIENCE, watchers.join_all()).await.expect("healthy watchers see all of it in time");
     let log = cluster.log().await;
-    end.send_replace(log.head());
     let mut late = Vec::new();
-    for (seen, times) in timeout(PATIENCE, watchers.join_all()).await.expect("healthy watchers see all of it in time") {
+    for (seen, times) in healthy {
         outcome.violated(checker::watches_are_the_log(&seen, &log));
         late.extend(times);
     }

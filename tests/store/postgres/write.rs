@@ -240,6 +240,43 @@ async fn one_refused_call_leaves_63_others_alone() {
     }
 }
 
+/// One call that the table refuses takes a batch apart; whoever holds the feed lock meanwhile holds up the rest once, not one part
+/// after the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_taken_apart_waits_for_the_feed_lock_once() {
+    let (database, store) = fresh().await;
+    psql(&database.url, "alter table users add check (user_id <> 64)");
+    let mut other = Session::open(&database.url);
+    other.run("begin; set constraints all immediate; insert into users values (1000, 'admin');");
+    let calls: Vec<_> = (1..=64).map(|user| set(user, "admin")).collect();
+    let answers = store.write(&calls).await;
+    assert!(answers.iter().all(|answer| matches!(answer, Err(WriteError::AllHeld))), "{answers:?}");
+    other.run("rollback;");
+    let answers = store.write(&calls).await;
+    assert!(answers[..63].iter().all(Result::is_ok), "{answers:?}");
+    assert!(matches!(answers[63], Err(WriteError::Refused(Refusal::Rejected { .. }))), "{answers:?}");
+}
+
+/// A pooler may give us a session that does not know our statements: nothing was run, and the next one is asked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_has_forgotten_our_statements_is_given_up() {
+    let (database, store) = fresh().await;
+    psql(
+        &database.url,
+        "create function forget() returns trigger language plpgsql as $$ begin deallocate all; return new; end $$;
+         create trigger forget before insert on users for each row when (new.user_id < 3) execute function forget()",
+    );
+    for user in 1..=3 {
+        let mut refused = 0;
+        while let Err(error) = &store.write(&[set(user, "admin")]).await[0] {
+            assert!(matches!(error, WriteError::Unreachable(_)), "{error:?}");
+            refused += 1;
+            assert!(refused < 10, "it is asked again and again");
+        }
+    }
+    assert_eq!(told(&log(&*store).await), "1:-admin\n2:-admin\n3:-admin\n");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_id_has_one_effect() {
     let (database, store) = fresh().await;
@@ -320,7 +357,7 @@ async fn a_transaction_that_keeps_the_feed_lock_makes_writes_busy() {
     other.run("begin; set constraints all immediate; insert into users values (1, 'x');");
     let asked = Instant::now();
     let answers = store.write(&[set(2, "a"), set(3, "a"), set(4, "a")]).await;
-    assert!(answers.iter().all(|answer| matches!(answer, Err(WriteError::Busy))), "{answers:?}");
+    assert!(answers.iter().all(|answer| matches!(answer, Err(WriteError::AllHeld))), "{answers:?}");
     // One wait for all of them: none can be found guilty by halves.
     assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
     other.run("rollback;");

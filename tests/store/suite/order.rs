@@ -96,7 +96,7 @@ async fn write_until_free(store: &Arc<dyn Store>, calls: &[Call]) -> Vec<Written
         for (call, answer) in left.into_iter().zip(answers) {
             match answer {
                 Ok(answer) => written.push(answer),
-                Err(WriteError::Busy) => busy.push(call),
+                Err(WriteError::Busy | WriteError::AllHeld) => busy.push(call),
                 Err(error) => panic!("{call:?}: {error}"),
             }
         }
