@@ -338,14 +338,20 @@ fn check_url(setting: &'static str, url: &str) -> Result<String, ConfigError> {
         Some("sqlite") if url.contains("://") && url.len() > "sqlite://".len() => return Ok(url.to_owned()),
         Some("sqlite") => "must name a file, as in sqlite://rolecache.db".to_owned(),
         Some(scheme) => match scheme.split_once('+') {
-            Some((base @ ("postgres" | "postgresql" | "sqlite"), _)) => {
+            Some((base @ ("postgres" | "postgresql" | "sqlite"), _)) if is_scheme(scheme) => {
                 format!("{ACCEPTED}; {scheme}:// names a Python driver too: write {base}://")
             }
-            _ => format!("{ACCEPTED}, not with {scheme}:"),
+            _ if is_scheme(scheme) => format!("{ACCEPTED}, not with {scheme}:"),
+            // As of libpq, whose words may be secrets.
+            _ => ACCEPTED.to_owned(),
         },
         None => ACCEPTED.to_owned(),
     };
     Err(ConfigError::new(setting, problem))
+}
+
+fn is_scheme(text: &str) -> bool {
+    text.chars().all(|char| char.is_ascii_alphanumeric() || "+-.".contains(char))
 }
 
 fn within(

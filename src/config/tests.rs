@@ -135,6 +135,7 @@ fn a_wrong_setting_is_named_with_what_it_accepts() {
         ("--database-url mysql://u:secret@h/d", "--database-url (ROLECACHE_DATABASE_URL) must begin with postgres://"),
         ("--database-url postgresql+asyncpg://u:secret@h/d", "names a Python driver too: write postgresql://"),
         ("--database-url postgres://u:secret@h:port/d", "--database-url (ROLECACHE_DATABASE_URL) is no URL"),
+        ("--database-url password=secret,hostaddr=fe80::1", "must begin with postgres:// or sqlite://"),
         ("--database-url /tmp/roles.db", "must begin with postgres:// or sqlite://"),
         ("--database-url sqlite://", "must name a file"),
         ("--database-url sqlite::memory:", "must name a file"),

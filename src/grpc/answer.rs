@@ -16,29 +16,34 @@ use tokio::{
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body};
 
-use super::{fault::Fault, peer::Active};
+use super::{fault::Fault, peer::Active, weight::Weight};
 
-/// Of the caller, or of the connection where nobody says who calls, and of all.
-pub(super) type Places = [Option<OwnedSemaphorePermit>; 2];
+/// What a call holds until its answer is sent: what nobody reads stays in memory.
+#[derive(Default)]
+pub(super) struct Held {
+    /// Among what is in flight: of its caller, or of its connection where nobody says who calls, and of all.
+    places: Option<[OwnedSemaphorePermit; 2]>,
+    /// Of what it asked, and of what it is answered.
+    weight: Option<Weight>,
+}
 
 /// The body of an answer.
 pub(super) struct Answer {
     body: Body,
     /// Of streams that know nothing of an end themselves.
     end: Option<Pin<Box<dyn Future<Output = Fault> + Send>>>,
-    /// Its places among what is in flight: what nobody reads stays in memory.
-    _places: Places,
+    held: Held,
     _active: Option<Active>,
 }
 
 impl Answer {
     /// One that holds nothing.
     pub(super) fn last(body: Body) -> Self {
-        Self { body, end: None, _places: [None, None], _active: None }
+        Self { body, end: None, held: Held::default(), _active: None }
     }
 
-    pub(super) fn new(body: Body, places: Places, active: Active) -> Self {
-        Self { body, end: None, _places: places, _active: Some(active) }
+    pub(super) fn new(body: Body, held: Held, active: Active) -> Self {
+        Self { body, end: None, held, _active: Some(active) }
     }
 
     /// Ends it with the server, and after so long.
@@ -53,6 +58,27 @@ impl Answer {
     }
 }
 
+impl Answer {
+    /// Ends it with a status in place of what was to come.
+    fn give_up(&mut self, fault: Fault) -> Result<Frame<Bytes>, Status> {
+        self.end = None;
+        self.body = Body::empty();
+        let mut trailers = HeaderMap::new();
+        Status::from(fault).add_header(&mut trailers)?;
+        Ok(Frame::trailers(trailers))
+    }
+}
+
+impl Held {
+    pub(super) fn of(places: [OwnedSemaphorePermit; 2], weight: Option<Weight>) -> Self {
+        Self { places: Some(places), weight }
+    }
+
+    pub(super) fn is_some(&self) -> bool {
+        self.places.is_some()
+    }
+}
+
 impl http_body::Body for Answer {
     type Data = Bytes;
     type Error = Status;
@@ -61,13 +87,17 @@ impl http_body::Body for Answer {
         if let Some(end) = &mut self.end
             && let Poll::Ready(fault) = end.as_mut().poll(cx)
         {
-            self.end = None;
-            self.body = Body::empty();
-            let mut trailers = HeaderMap::new();
-            Status::from(fault).add_header(&mut trailers)?;
-            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+            return Poll::Ready(Some(self.give_up(fault)));
         }
-        Pin::new(&mut self.body).poll_frame(cx)
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if let Poll::Ready(Some(Ok(frame))) = &frame
+            && let Some(data) = frame.data_ref()
+            && let Some(weight) = &self.held.weight
+            && let Err(fault) = weight.add_all_of(data.len())
+        {
+            return Poll::Ready(Some(self.give_up(fault)));
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {

@@ -23,10 +23,12 @@ use tower::ServiceExt;
 
 use super::{
     Limits,
-    answer::{Answer, Asking, Places},
+    answer::{Answer, Asking, Held},
     deadline::Deadline,
     door::{Asker, Door},
     fault::Fault,
+    head,
+    meter::Metered,
     peer::{Active, Peer},
     weight::{self, Weight},
 };
@@ -47,12 +49,10 @@ const REFLECTION: &str = "/grpc.reflection.";
 const HEALTH_WATCHES: usize = 10_000;
 const REFLECTIONS: usize = 64;
 
-/// Checks of health at once, and how long the few bytes of one may take to come: who sends half of them, and goes on, can keep
-/// others out.
+/// Checks of health at once, and how long the few bytes of a request for it may take to come: who sends half of them, and goes
+/// on, can keep others out.
 const HEALTH_CHECKS: usize = 1_024;
-const HEALTH_CHECK_LIMIT: Duration = Duration::from_secs(1);
-
-const NO_PLACES: Places = [None, None];
+const HEALTH_LIMIT: Duration = Duration::from_secs(1);
 
 /// The way in.
 #[derive(Clone)]
@@ -97,21 +97,22 @@ impl Edge {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let active = peer.begin();
+        let request = request.map(|body| Metered::new(body, peer.meter.clone()));
         if is_grpc(request.headers()) && !is_ours(&request) {
             let answered = AssertUnwindSafe(self.answer_all(request, peer, active)).catch_unwind().await;
             return answered.unwrap_or_else(|panic| refuse(Fault::panic(&*panic)).map(Answer::last));
         }
         let answered = AssertUnwindSafe(self.answer(request, peer, &active)).catch_unwind().await;
-        let (response, places) = answered.unwrap_or_else(|panic| (refuse(Fault::panic(&*panic)), NO_PLACES));
-        if places[0].is_some() {
+        let (response, held) = answered.unwrap_or_else(|panic| (refuse(Fault::panic(&*panic)), Held::default()));
+        if held.is_some() {
             // All of it is there: from now on it is the client who is waited for.
             active.is_answered();
         }
-        response.map(|body| Answer::new(body, places, active))
+        response.map(|body| Answer::new(body, held, active))
     }
 
     /// Health and reflection, which are answered without a store and without credentials, and have limits of their own.
-    async fn answer_all<B>(&self, request: Request<B>, peer: &Peer, active: Active) -> Response<Answer>
+    async fn answer_all<B>(&self, mut request: Request<B>, peer: &Peer, active: Active) -> Response<Answer>
     where
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -120,21 +121,22 @@ impl Edge {
         let is_health = path.starts_with(HEALTH);
         let goes_on = path == HEALTH_WATCH;
         let (places, limit) = match path {
-            HEALTH_CHECK => (Some(&self.health_checks), HEALTH_CHECK_LIMIT.min(self.deadline)),
-            HEALTH_WATCH => (Some(&self.health_watches), self.deadline),
+            HEALTH_CHECK => (Some(&self.health_checks), HEALTH_LIMIT.min(self.deadline)),
+            HEALTH_WATCH => (Some(&self.health_watches), HEALTH_LIMIT.min(self.deadline)),
             path if path.starts_with(REFLECTION) => (Some(&self.reflections), self.deadline),
             // tonic answers that it is not implemented.
             _ => (None, self.deadline),
         };
         let place =
             |places: &Arc<Semaphore>| Some([peer.begin_open_to_all()?, places.clone().try_acquire_owned().ok()?]);
-        let places = match places {
-            None => NO_PLACES,
+        let held = match places {
+            None => Held::default(),
             Some(places) => match place(places) {
-                Some(places) => places.map(Some),
-                None => return refuse(Fault::Overloaded).map(|body| Answer::new(body, NO_PLACES, active)),
+                Some(places) => Held::of(places, None),
+                None => return refuse(Fault::Overloaded).map(|body| Answer::new(body, Held::default(), active)),
             },
         };
+        head::lighten(&mut request);
         if !goes_on {
             // One that its client does not read is found by its connection.
             active.is_answered();
@@ -144,17 +146,17 @@ impl Edge {
         if is_health {
             // It ends its streams itself, with a last word.
             let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(late);
-            return response.map(|body| Answer::new(body, places, active));
+            return response.map(|body| Answer::new(body, held, active));
         }
         // Streams of reflection would go on for as long as a client likes.
         let end = || self.shutdown.clone().cancelled_owned();
         let request = request.map(|body| Asking::until(end(), self.deadline / 2, body));
         let response = timeout_at(limit, self.route(request)).await.unwrap_or_else(late);
-        response.map(|body| Answer::new(body, places, active).ended(end(), self.deadline / 2))
+        response.map(|body| Answer::new(body, held, active).ended(end(), self.deadline / 2))
     }
 
-    /// The answer, and the places among the calls in flight, its caller's and all, that it keeps until it is sent.
-    async fn answer<B>(&self, mut request: Request<B>, peer: &Arc<Peer>, active: &Active) -> (Response<Body>, Places)
+    /// The answer, and what it holds until it is sent: its places among the calls in flight, its caller's and all.
+    async fn answer<B>(&self, mut request: Request<B>, peer: &Arc<Peer>, active: &Active) -> (Response<Body>, Held)
     where
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -162,29 +164,27 @@ impl Edge {
         if !is_grpc(request.headers()) {
             let mut response = Response::new(Body::empty());
             *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-            return (response, NO_PLACES);
+            return (response, Held::default());
         }
         if self.shutdown.is_cancelled() {
-            return (refuse(Fault::ShuttingDown), NO_PLACES);
+            return (refuse(Fault::ShuttingDown), Held::default());
         }
         let method = request.uri().path().rsplit('/').next().and_then(Method::of);
         // tonic answers that it is not implemented.
-        let Some(method) = method else { return (self.route(request).await, NO_PLACES) };
+        let Some(method) = method else { return (self.route(request).await, Held::default()) };
         let caller = match self.door.admit(request.headers(), peer, method) {
             Ok(caller) => caller,
-            Err(fault) => return (refuse(fault), NO_PLACES),
+            Err(fault) => return (refuse(fault), Held::default()),
         };
         active.is_of(&caller);
         if caller.is_revoked() {
             // In between. Whoever ends what is open of the revoked may not have seen this one.
-            return (self.deny(&caller, peer, method, Fault::BadCredentials), NO_PLACES);
+            return (self.deny(&caller, peer, method, Fault::BadCredentials), Held::default());
         }
         request.extensions_mut().insert(Asker { caller: caller.clone(), peer: peer.clone() });
         let is_watch = method == Method::WatchRoleChanges;
-        let places = [caller.begin_call(), self.calls.clone().try_acquire_owned().ok()];
-        if places.iter().any(Option::is_none) {
-            return (refuse(Fault::Overloaded), NO_PLACES);
-        }
+        let place = || Some([caller.begin_call()?, self.calls.clone().try_acquire_owned().ok()?]);
+        let Some(places) = place() else { return (refuse(Fault::Overloaded), Held::default()) };
         let deadline = Deadline::of(request.headers());
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(deadline);
@@ -192,7 +192,8 @@ impl Edge {
         // Of a watch, until it is open: its stream keeps the deadline itself.
         let limit = Instant::now() + self.deadline;
         let until = deadline.map_or(limit, |deadline| deadline.0.min(limit));
-        let weight = Weight::new(caller.clone(), peer.clone(), self.bytes.clone());
+        head::lighten(&mut request);
+        let weight = Weight::new(caller.clone(), self.bytes.clone());
         let request = request.map(|body| weight.of(body));
         let answer = async {
             if !is_watch {
@@ -208,10 +209,12 @@ impl Edge {
             }
         };
         match timeout_at(until, answer).await {
-            Ok(response) => (self.in_our_words(response), if is_watch { NO_PLACES } else { places }),
+            // A watch knows by itself how much may wait for its client.
+            Ok(response) if is_watch => (self.in_our_words(response), Held::default()),
+            Ok(response) => (self.in_our_words(response), Held::of(places, Some(weight))),
             // Nobody set a limit but us, and only the store can have taken so long.
-            Err(_) if is_watch && until == limit => (refuse(Fault::StoreUnreachable), NO_PLACES),
-            Err(_) => (refuse(Fault::Deadline), NO_PLACES),
+            Err(_) if is_watch && until == limit => (refuse(Fault::StoreUnreachable), Held::default()),
+            Err(_) => (refuse(Fault::Deadline), Held::default()),
         }
     }
 

@@ -4,13 +4,17 @@
 //! h2 (resets and CONTINUATIONs it does bound). So bytes are counted, and who sends too many for nothing is cut.
 
 use std::{
+    pin::Pin,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicI64, Ordering::Relaxed},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -20,10 +24,10 @@ const BURST: i64 = 1 << 20;
 /// And so many go on for ever: 3,800 pings.
 const PER_SECOND: i64 = 64 << 10;
 
-/// What a call may bring beside its message: headers, window updates, and the pings of a client that measures its bandwidth.
+/// What a call may bring beside its messages: headers, window updates, and the pings of a client that measures its bandwidth.
 const PER_CALL: i64 = 16 << 10;
 
-/// What calls may bring that have begun, and of which nobody has read anything yet.
+/// What calls may bring later, together.
 const MOST_IN_ADVANCE: i64 = 4 << 20;
 
 /// Of what is written, one byte in so many is answered with window updates and pings. An acknowledged ping still counts for
@@ -32,8 +36,8 @@ const OF_WRITTEN: i64 = 4;
 
 /// The account of one connection.
 pub(super) struct Meter {
-    /// With the message, which a call that is refused brings for nothing.
-    per_call: i64,
+    /// Of a message, whose rest may still come where nobody reads it.
+    message: i64,
     /// Bytes read, less what they were good for. Those who add and those who take away do not wait for each other: a clamp may
     /// forget what one of them did in that moment, which is less than the burst.
     beyond: AtomicI64,
@@ -45,7 +49,7 @@ pub(super) struct Meter {
 impl Meter {
     pub(super) fn new(message_bytes: usize) -> Self {
         let (beyond, since) = (AtomicI64::new(0), Mutex::new(Instant::now()));
-        Self { per_call: PER_CALL + count(message_bytes), beyond, since, exceeded: CancellationToken::new() }
+        Self { message: count(message_bytes), beyond, since, exceeded: CancellationToken::new() }
     }
 
     pub(super) fn read(&self, bytes: usize) {
@@ -58,7 +62,7 @@ impl Meter {
         if beyond > BURST {
             self.settle(beyond, now());
         } else {
-            let most = self.per_call.max(MOST_IN_ADVANCE);
+            let most = self.message.max(MOST_IN_ADVANCE);
             if beyond < -most {
                 self.beyond.store(-most, Relaxed);
             }
@@ -70,12 +74,7 @@ impl Meter {
     }
 
     pub(super) fn begin_call(&self) {
-        self.beyond.fetch_sub(self.per_call, Relaxed);
-    }
-
-    /// Of a message that is read: of large ones in parallel more comes than may in advance.
-    pub(super) fn body(&self, bytes: usize) {
-        self.beyond.fetch_sub(count(bytes), Relaxed);
+        self.beyond.fetch_sub(PER_CALL, Relaxed);
     }
 
     /// Resolves once the connection has sent too much for nothing.
@@ -91,6 +90,50 @@ impl Meter {
         self.beyond.fetch_sub(beyond - left, Relaxed);
         if left > BURST {
             self.exceeded.cancel();
+        }
+    }
+}
+
+/// The body of a request, which is what a connection is for.
+pub(super) struct Metered<B: Body> {
+    body: B,
+    meter: Arc<Meter>,
+}
+
+impl<B: Body> Metered<B> {
+    pub(super) fn new(body: B, meter: Arc<Meter>) -> Self {
+        Self { body, meter }
+    }
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for Metered<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if let Poll::Ready(Some(Ok(frame))) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            self.meter.beyond.fetch_sub(count(data.len()), Relaxed);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl<B: Body> Drop for Metered<B> {
+    fn drop(&mut self) {
+        // Of a call that is refused the rest may be on its way.
+        if !self.body.is_end_stream() {
+            self.meter.beyond.fetch_sub(self.meter.message, Relaxed);
         }
     }
 }
@@ -157,7 +200,7 @@ mod tests {
             }
             for _ in 0..256 * MESSAGE / (16 << 10) {
                 meter.read(16 << 10);
-                meter.body(16 << 10);
+                meter.beyond.fetch_sub(16 << 10, Relaxed);
             }
         }
         assert!(!is_cut(&meter));

@@ -9,6 +9,7 @@ mod deadline;
 mod door;
 mod edge;
 mod fault;
+mod head;
 mod meter;
 mod peer;
 mod roles;

@@ -23,7 +23,7 @@ pub(super) struct Peer {
     pub(super) address: SocketAddr,
     /// Of its certificate, where it has shown one.
     pub(super) names: Vec<String>,
-    pub(super) meter: Meter,
+    pub(super) meter: Arc<Meter>,
     /// For calls that need no credentials.
     open_to_all: Arc<Semaphore>,
     /// Never held across an await.
@@ -59,7 +59,7 @@ impl Peer {
     pub(super) fn new(address: SocketAddr, names: Vec<String>, message_bytes: usize) -> Self {
         let use_ = Use { calls: BTreeMap::new(), next: 0, idle_since: Instant::now() };
         let open_to_all = Arc::new(Semaphore::new(OPEN_TO_ALL));
-        Self { address, names, meter: Meter::new(message_bytes), open_to_all, use_: Mutex::new(use_) }
+        Self { address, names, meter: Arc::new(Meter::new(message_bytes)), open_to_all, use_: Mutex::new(use_) }
     }
 
     pub(super) fn begin(self: &Arc<Self>) -> Active {

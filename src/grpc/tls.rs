@@ -114,12 +114,14 @@ impl Tls {
     }
 }
 
-/// The DNS names and URIs that a certificate is for. Its common name counts for nothing.
+/// The DNS names and URIs that a certificate is for. Its common name counts for nothing. A name with a colon is a URI's and no other:
+/// an authority that is held to certain DNS names could write them as URIs otherwise.
 pub(super) fn names(certificate: &CertificateDer<'_>) -> Vec<String> {
     let Ok((_, parsed)) = x509_parser::certificate::X509Certificate::from_der(certificate) else { return Vec::new() };
     let Ok(Some(names)) = parsed.subject_alternative_name() else { return Vec::new() };
     let name = |name: &GeneralName<'_>| match name {
-        GeneralName::DNSName(name) | GeneralName::URI(name) => Some((*name).to_owned()),
+        GeneralName::DNSName(name) if !name.contains(':') => Some((*name).to_owned()),
+        GeneralName::URI(name) if name.contains(':') => Some((*name).to_owned()),
         _ => None,
     };
     names.value.general_names.iter().filter_map(name).collect()

@@ -1,5 +1,5 @@
-//! What requests weigh on their way in: many large ones that stop before their end, or wait for a slow store, stay in memory
-//! for as long as a deadline lets them.
+//! What calls weigh: large requests that stop before their end, or wait for a slow store, stay in memory for as long as a
+//! deadline lets them, and so do large answers that nobody reads.
 
 use std::{
     pin::Pin,
@@ -12,20 +12,19 @@ use http_body::{Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 
-use super::{fault::Fault, peer::Peer};
+use super::fault::Fault;
 use crate::access::Caller;
 
-/// Of each request, so many bytes weigh nothing: whatever names one user has fewer.
+/// Of each request and answer, so many bytes weigh nothing: whatever is about one user has fewer.
 const FREE: usize = 4 << 10;
 
-/// Of all requests at once, past that.
+/// Of all calls at once, past that.
 pub(super) const ALL: usize = 64 << 20;
 
-/// What one request weighs, kept for as long as somebody works at it.
+/// What one call weighs, kept for as long as somebody works at it.
 #[derive(Clone)]
 pub(super) struct Weight {
     caller: Arc<Caller>,
-    peer: Arc<Peer>,
     all: Arc<Semaphore>,
     held: Arc<Mutex<Vec<OwnedSemaphorePermit>>>,
 }
@@ -38,16 +37,23 @@ pub(super) struct Weighed<B> {
 }
 
 impl Weight {
-    pub(super) fn new(caller: Arc<Caller>, peer: Arc<Peer>, all: Arc<Semaphore>) -> Self {
-        Self { caller, peer, all, held: Arc::default() }
+    pub(super) fn new(caller: Arc<Caller>, all: Arc<Semaphore>) -> Self {
+        Self { caller, all, held: Arc::default() }
     }
 
     pub(super) fn of<B>(&self, body: B) -> Weighed<B> {
         Weighed { body, bytes: 0, weight: self.clone() }
     }
 
+    /// What is there as a whole.
+    pub(super) fn add_all_of(&self, bytes: usize) -> Result<(), Fault> {
+        match bytes.saturating_sub(FREE) {
+            0 => Ok(()),
+            more => self.add(more),
+        }
+    }
+
     fn add(&self, bytes: usize) -> Result<(), Fault> {
-        self.peer.meter.body(bytes);
         let bytes = u32::try_from(bytes).map_err(|_| Fault::Overloaded)?;
         let of_caller = self.caller.begin_bytes(bytes);
         let of_all = self.all.clone().try_acquire_many_owned(bytes).ok();

@@ -132,6 +132,31 @@ async fn resets_of_streams_that_were_let_in() {
     recovers(&server).await;
 }
 
+/// Streams of health that anybody may begin, each with as many headers as one may have, and no request after them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_heads_and_nothing_after_them() {
+    let db = Db::sqlite();
+    let server = ChildServer::serve(&db.url(), &[]).await;
+    let before = server.memory("VmHWM");
+    let path = "/grpc.health.v1.Health/Watch";
+    // POST, http, a path, a content type, and short names that are nobody's.
+    let mut head =
+        [&[0x83, 0x86, 0x04, path.len() as u8], path.as_bytes(), &[0x0f, 0x10, 16], b"application/grpc"].concat();
+    head.extend((0..400).flat_map(|n| [vec![0, 4], format!("x{n:03}").into_bytes(), vec![0]].concat()));
+    let heads: Vec<u8> = (0..16).flat_map(|n| frame(HEADERS, END_HEADERS, stream(n), &head)).collect();
+    let mut connections = Vec::new();
+    for _ in 0..200 {
+        let mut connection = begun(server.address).await;
+        connection.write_all(&heads).await.unwrap();
+        assert!(has_read(&mut connection).await, "it takes them");
+        connections.push(connection);
+    }
+    let grown = server.memory("VmHWM") - before;
+    println!("3,200 heads of 400 headers: {grown:+.1} MiB");
+    assert!(grown <= MEMORY, "{grown} MiB");
+    recovers(&server).await;
+}
+
 /// Ways of beginning and not going on.
 async fn slow(address: std::net::SocketAddr, said: &[u8]) -> Vec<TcpStream> {
     let mut sockets = Vec::new();
@@ -199,7 +224,7 @@ async fn many_who_say_little_of_tls() {
     let args = ["--handshake-timeout", "3s", "--tls-cert", &cert, "--tls-key", &key, "--credentials", &credentials];
     let server = ChildServer::serve(&db.url(), &args).await;
     for (what, said) in [("nothing", &b""[..]), ("half a hello", &[22, 3, 1, 2, 0, 1]), ("no TLS", PREFACE)] {
-        let memory = server.memory("VmRSS");
+        let memory = server.memory("VmHWM");
         let sockets = slow(server.address, said).await;
         let mut neighbour = rpc(house.connect(server.address, None).await.unwrap(), Some("sesame"));
         let mut calls = 0;
@@ -218,7 +243,7 @@ async fn many_who_say_little_of_tls() {
                 took = &mut closed => break took,
             }
         };
-        let grown = server.memory("VmRSS") - memory;
+        let grown = server.memory("VmHWM") - memory;
         println!(
             "slow with {what} of TLS: {SOCKETS} sockets closed within {took:.1?}; neighbour {calls} calls, \
                   max {longest:.1?}; {grown:+.1} MiB"

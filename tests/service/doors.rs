@@ -199,6 +199,21 @@ async fn a_uri_in_a_certificate_is_a_name() {
     assert_eq!((code, &*reason), (Code::PermissionDenied, "SCOPE_MISSING"), "known, and not allowed");
 }
 
+/// An authority that is held to some DNS names is not held to any URIs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_uri_in_a_certificate_is_no_dns_name() {
+    let house = House::new();
+    house.admit(&[certificate("shop", "shop.test", "read")]);
+    let db = Db::sqlite();
+    let server = house.tls(Setup::new(&db), true).start().await;
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.subject_alt_names.push(SanType::URI("shop.test".try_into().unwrap()));
+    let client = house.clients.sign_as(params);
+    let mut rpc = rpc(house.connect(server.address, Some(&client)).await.unwrap(), None);
+    let (code, reason, _) = told(call(&mut rpc, Method::GetRole).await);
+    assert_eq!((code, &*reason), (Code::Unauthenticated, "NO_CREDENTIALS"));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metadata_that_is_no_bearer_token_is_bad_credentials() {
     let house = House::new();

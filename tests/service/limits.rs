@@ -14,7 +14,9 @@ use http::{Request, StatusCode};
 use prost::Message;
 use rolecache::{
     grpc,
-    proto::v1::{BatchGetRolesRequest, GetRoleRequest, SetRoleRequest, StatsRequest, WatchRoleChangesRequest},
+    proto::v1::{
+        BatchGetRolesRequest, GetRoleRequest, ListUsersRequest, SetRoleRequest, StatsRequest, WatchRoleChangesRequest,
+    },
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -323,20 +325,21 @@ async fn snapshots_of_each_caller() {
     timeout(PATIENCE, stream.message()).await.unwrap().unwrap().expect("it starts");
 }
 
-/// Opens calls whose requests are announced longer than what comes of them; those that are answered all the same.
+/// Opens calls, so many over a connection, whose requests are announced longer than what comes of them; those that are answered
+/// all the same.
 async fn unfinished(
     address: SocketAddr,
     path: &str,
     secret: Option<&str>,
-    calls: usize,
+    [calls, of_each]: [usize; 2],
     announced: usize,
     sent: usize,
 ) -> (JoinSet<String>, Vec<h2::SendStream<Bytes>>) {
     let (mut answers, mut open) = (JoinSet::new(), Vec::new());
-    for first in (0..calls).step_by(100) {
+    for first in (0..calls).step_by(of_each) {
         let (mut sender, connection) = client::handshake(TcpStream::connect(address).await.unwrap()).await.unwrap();
         tokio::spawn(connection);
-        for _ in first..(first + 100).min(calls) {
+        for _ in first..(first + of_each).min(calls) {
             let mut head = head(address, path);
             if let Some(secret) = secret {
                 head.headers_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
@@ -368,7 +371,7 @@ async fn bytes_of_all_requests_of_a_caller() {
     let (announced, sent) = (256 << 10, 200_000);
     let fit = (16 << 20) / (sent - (4 << 10));
     let path = format!("{SERVICE}/Stats");
-    let (mut answers, _open) = unfinished(server.address, &path, Some("1"), 200, announced - 5, sent).await;
+    let (mut answers, _open) = unfinished(server.address, &path, Some("1"), [200, 100], announced - 5, sent).await;
     for _ in fit..200 {
         let answer = timeout(PATIENCE, answers.join_next()).await.expect("what is too much is refused");
         assert_eq!(answer.unwrap().unwrap(), "8", "RESOURCE_EXHAUSTED");
@@ -379,12 +382,48 @@ async fn bytes_of_all_requests_of_a_caller() {
     assert_eq!(answers.len(), fit, "the others wait for the rest");
 }
 
+/// A caller who leaves long lists unread holds 16 MiB of them at most, and keeps nobody else from reading theirs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_of_all_answers_of_a_caller() {
+    let house = House::new();
+    house.admit(&[token("hog", "1", "list"), token("other", "2", "list")]);
+    let db = Db::sqlite();
+    let server = house.closed(Setup::new(&db)).serve().await;
+    db.sql(
+        "with recursive n(i) as (select 1 union all select i + 1 from n where i < 1000)
+         insert into users (user_id, role, username) select i, 'admin', printf('%0500d', i) from n",
+    );
+    let list = || ListUsersRequest { page_size: 1_000, ..Default::default() };
+    let mut other = plain(server.address, Some("2")).await;
+    let bytes = prost::Message::encoded_len(&other.list_users(list()).await.unwrap().into_inner());
+    let fit = (16 << 20) / (bytes - (4 << 10));
+    assert!((20..60).contains(&fit), "{bytes} bytes");
+    let mut sender = unreading(server.address).await;
+    let (mut ends, mut kept) = (JoinSet::new(), Vec::new());
+    for _ in 0..fit + 10 {
+        let mut head = head(server.address, &format!("{SERVICE}/ListUsers"));
+        head.headers_mut().insert("authorization", "Bearer 1".parse().unwrap());
+        sender = sender.ready().await.unwrap();
+        let (answer, mut request) = sender.send_request(head, false).unwrap();
+        request.send_data(frame(&list()), true).unwrap();
+        let mut body = timeout(PATIENCE, answer).await.unwrap().unwrap().into_body();
+        kept.push(request);
+        ends.spawn(async move { body.trailers().await.unwrap().unwrap()["grpc-status"].clone() });
+    }
+    for _ in 0..10 {
+        let status = timeout(PATIENCE, ends.join_next()).await.expect("what is too much is given up").unwrap().unwrap();
+        assert_eq!(status, "8", "RESOURCE_EXHAUSTED");
+    }
+    other.list_users(list()).await.expect("another caller has room");
+    assert_eq!(ends.len(), fit, "the others wait for their client");
+}
+
 /// Nobody needs credentials for them. Who holds all places does so for a second.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn checks_of_health_are_bounded() {
     let (server, _db) = serve(|limits| limits.deadline = 2 * PATIENCE).await;
     let path = "grpc.health.v1.Health/Check";
-    let (mut answers, _open) = unfinished(server.address, path, None, 2_000, 10, 6).await;
+    let (mut answers, _open) = unfinished(server.address, path, None, [2_000, 16], 10, 6).await;
     let mut told = BTreeMap::new();
     while let Some(answer) = timeout(PATIENCE, answers.join_next()).await.expect("each is answered") {
         *told.entry(answer.unwrap()).or_insert(0) += 1;
@@ -426,18 +465,23 @@ async fn batches_leave_room_for_single_reads() {
 async fn reflection_is_bounded() {
     let (server, _db) = serve(|limits| limits.deadline = Duration::from_secs(2)).await;
     let path = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
-    let mut sender = unreading(server.address).await;
     let mut streams = Vec::new();
-    let refused = loop {
-        let (answer, request) = sender.send_request(head(server.address, path), false).unwrap();
-        let answer = timeout(PATIENCE, answer).await.unwrap().unwrap();
-        if let Some(status) = answer.headers().get("grpc-status") {
-            break status.clone();
-        }
-        streams.push((answer, request));
-        assert!(streams.len() <= 64, "no bound");
-    };
-    assert_eq!((streams.len(), refused.as_bytes()), (64, &b"8"[..]));
+    // Of each connection as many as one may have, and in the end of one more.
+    for connection in 0..5 {
+        let mut sender = unreading(server.address).await;
+        let before = streams.len();
+        let refused = loop {
+            let (answer, request) = sender.send_request(head(server.address, path), false).unwrap();
+            let answer = timeout(PATIENCE, answer).await.unwrap().unwrap();
+            if let Some(status) = answer.headers().get("grpc-status") {
+                break status.clone();
+            }
+            streams.push((answer, request));
+            assert!(streams.len() <= 64, "no bound");
+        };
+        let most = if connection < 4 { 16 } else { 0 };
+        assert_eq!((streams.len() - before, refused.as_bytes()), (most, &b"8"[..]));
+    }
     server.get(1).await;
     // They end, whether their client reads or not.
     let free = async {
