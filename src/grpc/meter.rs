@@ -18,11 +18,11 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// So many bytes at once are nobody's ill will: a message over the limit is on its way before it is refused.
-const BURST: i64 = 1 << 20;
+/// So many bytes at once are nobody's ill will.
+const BURST: i64 = 512 << 10;
 
-/// And so many go on for ever: 3,800 pings.
-const PER_SECOND: i64 = 64 << 10;
+/// And so many go on for ever: 1,900 pings.
+const PER_SECOND: i64 = 16 << 10;
 
 /// What a call may bring beside its messages: headers, window updates, and the pings of a client that measures its bandwidth.
 const PER_CALL: i64 = 16 << 10;
@@ -30,9 +30,8 @@ const PER_CALL: i64 = 16 << 10;
 /// What calls may bring later, together.
 const MOST_IN_ADVANCE: i64 = 4 << 20;
 
-/// Of what is written, one byte in so many is answered with window updates and pings. An acknowledged ping still counts for
-/// three quarters.
-const OF_WRITTEN: i64 = 4;
+/// Of what is written, one byte in so many is answered with window updates and pings. An acknowledged ping still counts for half.
+const OF_WRITTEN: i64 = 2;
 
 /// The account of one connection.
 pub(super) struct Meter {
@@ -169,7 +168,7 @@ mod tests {
     fn pings_in_a_flood_are_cut() {
         let meter = Meter::new(MESSAGE);
         let now = Instant::now();
-        pings(&meter, 60_000, now);
+        pings(&meter, 50_000, now);
         assert!(!is_cut(&meter));
         pings(&meter, 40_000, now);
         assert!(is_cut(&meter));

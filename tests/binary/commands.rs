@@ -206,6 +206,35 @@ async fn exit_codes_say_what_to_do(db: Db) {
     }
 }
 
+/// Every flag of `serve`, with its default, is in the README's table.
+#[test]
+fn the_table_of_settings_is_whole() {
+    let readme = include_str!("../../README.md");
+    let (_, settings) = readme.split_once("## Settings").expect("the README has settings");
+    let with_commas = |number: &str| {
+        let digits = number.bytes().rev().enumerate().flat_map(|(n, digit)| {
+            let comma = (n > 0 && n % 3 == 0).then_some(b',');
+            comma.into_iter().chain([digit])
+        });
+        let reversed: Vec<u8> = digits.collect();
+        reversed.into_iter().rev().map(char::from).collect::<String>()
+    };
+    let help = answer(&["serve", "--help"]);
+    let mut flags = 0;
+    for part in help.split("\n      --").skip(1) {
+        let flag = part.split(|char: char| !(char.is_ascii_lowercase() || char == '-')).next().unwrap();
+        let row = settings.lines().find(|row| row.starts_with('|') && row.contains(&format!("`--{flag}`")));
+        let row = row.unwrap_or_else(|| panic!("--{flag} is not in the table"));
+        flags += 1;
+        let Some((_, default)) = part.split_once("[default: ") else { continue };
+        let default = default.split(']').next().unwrap();
+        let is_number = default.len() > 3 && default.bytes().all(|byte| byte.is_ascii_digit());
+        let told = if is_number { with_commas(default) } else { default.to_owned() };
+        assert!(row.contains(&told), "--{flag} is {told} by default, not as in: {row}");
+    }
+    assert!(flags > 25, "{flags} flags");
+}
+
 #[test]
 fn each_command_has_help_that_names_its_flags() {
     let client = ["--address", "--timeout", "--output", "ROLECACHE_ADDRESS"];

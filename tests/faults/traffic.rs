@@ -22,8 +22,9 @@ use super::{
     campaign::Outcome,
     checker::{self, Excuses},
     cluster::Cluster,
-    history::{DECLINES, History, Process, Told},
+    history::{DECLINES, History, Process, Seen, Told},
     log::Log,
+    support::server::PATIENCE,
 };
 
 mod reading;
@@ -143,6 +144,7 @@ impl Traffic {
     /// Lets it run for `calls` calls that succeed. What it had before a fault has to be a load that deserves the name: Err
     /// says that it was not.
     pub async fn run_up(&self, calls: u64) -> Result<(), String> {
+        self.all_watch().await;
         let begun = self.history.now();
         let counts = || [self.history.calls(), self.history.succeeded()];
         let before = counts();
@@ -162,6 +164,22 @@ impl Traffic {
             return Err(format!("{rate:.0} calls a second before the fault"));
         }
         Ok(())
+    }
+
+    /// Waits until every watcher has heard of something: until its snapshot is whole, a watch hears no heartbeat, and ends with
+    /// the store.
+    async fn all_watch(&self) {
+        let hears = |seen: &Seen| !seen.commits.is_empty() || !seen.heartbeats.is_empty();
+        let all = async {
+            loop {
+                let count = self.history.seen.lock().unwrap().iter().filter(|seen| hears(seen)).count();
+                if count >= self.watchers.len() {
+                    return;
+                }
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        timeout(PATIENCE, all).await.expect("watches begin in time");
     }
 
     /// Of a campaign whose many rounds go on without a pause: Err says that it was no such load from begin to end.

@@ -26,7 +26,7 @@ use crate::support::{
 const IN_FULL: bool = !cfg!(debug_assertions);
 const FRAMES: usize = if IN_FULL { 100_000 } else { 10_000 };
 /// In any build.
-const MANY_FRAMES: usize = 200_000;
+const MANY_FRAMES: usize = 400_000;
 const SOCKETS: usize = if IN_FULL { 2_000 } else { 200 };
 /// In MiB.
 const MEMORY: f64 = 64.0;

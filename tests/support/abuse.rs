@@ -3,6 +3,10 @@
 use std::{
     fmt,
     net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -27,6 +31,9 @@ pub const END_STREAM: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 /// Of settings and pings.
 const ACK: u8 = 1;
+
+/// After which a server has nothing more to say.
+const SILENCE: Duration = Duration::from_millis(500);
 
 /// The calls of a neighbour before, while and after somebody misbehaves.
 pub struct Neighbour {
@@ -109,9 +116,21 @@ pub async fn flood(address: SocketAddr, count: usize, nth: impl Fn(usize) -> Vec
     while attack.sent < count {
         attack.connections += 1;
         let (mut from, mut to) = begun(address).await.into_split();
-        let mut reading = tokio::spawn(async move {
-            let mut bytes = vec![0; 1 << 16];
-            while let Ok(1..) = from.read(&mut bytes).await {}
+        // Until the server closes it, or all is sent and nothing comes back any more.
+        let all_sent = Arc::new(AtomicBool::new(false));
+        let reading = tokio::spawn({
+            let all_sent = all_sent.clone();
+            async move {
+                let mut bytes = vec![0; 1 << 16];
+                loop {
+                    match timeout(SILENCE, from.read(&mut bytes)).await {
+                        Ok(Ok(1..)) => {}
+                        Ok(_) => return true,
+                        Err(_) if all_sent.load(Ordering::Relaxed) => return false,
+                        Err(_) => {}
+                    }
+                }
+            }
         });
         let most = count - attack.sent;
         let mut sent = 0;
@@ -127,8 +146,8 @@ pub async fn flood(address: SocketAddr, count: usize, nth: impl Fn(usize) -> Vec
         // What is sent while the server closes counts, or a server that closes at once would have to be asked for ever.
         attack.sent += sent.max(1);
         // The last of it may be too much, too.
-        attack.cut += usize::from(timeout(Duration::from_millis(500), &mut reading).await.is_ok());
-        reading.abort();
+        all_sent.store(true, Ordering::Relaxed);
+        attack.cut += usize::from(timeout(PATIENCE, reading).await.expect("an end of what comes back").unwrap());
     }
     attack
 }

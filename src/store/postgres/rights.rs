@@ -29,13 +29,18 @@ const MISSING: &str = "
     ) w
     where not w.has and exists (select from pg_namespace where nspname = 'rolecache')";
 
-const TRIGGER_MAKERS: &str = "
-    select c.oid::regclass::text as place,
+// Of each role, table and kind one row: a grant of everything has many.
+const OTHERS: &str = "
+    select distinct c.oid::regclass::text as place, n.nspname = 'rolecache' as is_ours,
       case when a.grantee = 0 then 'everybody' else pg_get_userbyid(a.grantee)::text end as who
-    from pg_class c cross join lateral aclexplode(c.relacl) a
-    where c.oid in (to_regclass('public.users'), to_regclass('public.mailboxes'))
-      and a.privilege_type = 'TRIGGER' and a.grantee <> c.relowner
-    order by 1, 2";
+    from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace
+    cross join lateral aclexplode(c.relacl) a
+    where a.grantee <> c.relowner and case
+      when n.nspname = 'rolecache' then a.privilege_type in ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'TRIGGER')
+      else a.privilege_type = 'TRIGGER' and c.oid in (to_regclass('public.users'), to_regclass('public.mailboxes'))
+    end
+    order by 1, 3";
 
 /// Refuses in one sentence what would otherwise fail call by call.
 pub(super) async fn check(conn: &mut PgConnection) -> Result<(), OpenError> {
@@ -51,12 +56,19 @@ pub(super) async fn check(conn: &mut PgConnection) -> Result<(), OpenError> {
     }
 }
 
-/// A trigger runs with the rights of whoever writes, and that is the owner of the log.
+/// Who else could forge the log: a trigger runs with the rights of whoever writes, and that is its owner.
 pub(super) async fn warn(conn: &mut PgConnection) -> Result<(), OpenError> {
-    for row in sqlx::query(TRIGGER_MAKERS).fetch_all(conn).await.map_err(Failure::from)? {
+    for row in sqlx::query(OTHERS).fetch_all(conn).await.map_err(Failure::from)? {
         let place: &str = row.try_get("place").map_err(Failure::from)?;
         let who: &str = row.try_get("who").map_err(Failure::from)?;
-        tracing::warn!("{who} may make triggers on {place}, and they run as the owner of the log: revoke that right");
+        match row.try_get("is_ours").map_err(Failure::from)? {
+            true => tracing::warn!("{who} may write {place}, which is the log's: revoke that right"),
+            false => {
+                tracing::warn!(
+                    "{who} may make triggers on {place}, and they run as the owner of the log: revoke that right"
+                )
+            }
+        }
     }
     Ok(())
 }

@@ -296,6 +296,20 @@ async fn triggers_of_the_bots_own_run_as_the_owner() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_else_may_write_the_log_is_warned_of() {
+    logs::capture();
+    let database = Documented::set_up().await;
+    let warnings = || logs::lines_with("which is the log's");
+    postgres::open(&database.service()).await.unwrap();
+    assert_eq!(warnings(), [""; 0]);
+    psql(&database.url("rolecache_owner"), "grant all on rolecache.commits, rolecache.changes to bot");
+    postgres::open(&database.service()).await.unwrap();
+    let warnings = warnings();
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(warnings[0].contains("bot may write rolecache.changes"), "{warnings:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_else_may_make_triggers_is_warned_of() {
     logs::capture();
     let database = Documented::set_up().await;
