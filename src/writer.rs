@@ -21,7 +21,7 @@ use std::{
 
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 
 use self::{
@@ -121,7 +121,8 @@ impl Writer {
     /// Commits a call and waits until this replica has applied it: store, then cache, then watchers. A caller who stops
     /// waiting leaves the write to its fate.
     pub async fn write(&self, call: Call) -> Result<Written, WriteFailure> {
-        let Ok(before) = timeout(TURN_LIMIT, self.step.settled()).await else {
+        let limit = Instant::now() + TURN_LIMIT;
+        let Ok(before) = timeout_at(limit, self.step.settled()).await else {
             return Err(WriteFailure::Unreachable(Arc::new(io::Error::new(io::ErrorKind::TimedOut, "no history"))));
         };
         let (answer, mut outcome) = oneshot::channel();
@@ -136,7 +137,7 @@ impl Writer {
             behind_since: None,
         };
         self.queue.try_send(pending).map_err(|_| WriteFailure::Overloaded)?;
-        let outcome = match timeout(TURN_LIMIT, &mut outcome).await {
+        let outcome = match timeout_at(limit, &mut outcome).await {
             Ok(outcome) => outcome,
             Err(_) if !decided.swap(true, Ordering::SeqCst) => {
                 return Err(self.why_no_turn());

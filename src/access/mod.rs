@@ -115,7 +115,8 @@ pub struct Denials {
 impl Access {
     /// Where all are one, there is nobody beside them to leave anything for.
     pub fn open(allowance: Allowance) -> Self {
-        let allowance = Allowance { calls: Semaphore::MAX_PERMITS, ..allowance };
+        let all = Semaphore::MAX_PERMITS;
+        let allowance = Allowance { calls: all, watches: all, ..allowance };
         let caller = Caller {
             name: ANONYMOUS.into(),
             scopes: Scopes::all(),

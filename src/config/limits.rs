@@ -38,8 +38,8 @@ pub struct LimitArgs {
     #[arg(long, env = "ROLECACHE_MAX_WATCHES", value_name = "COUNT", default_value_t = 10_000)]
     pub max_watches: usize,
 
-    /// Watches of one caller; further ones are refused with TOO_MANY_WATCHES.
-    #[arg(long, env = "ROLECACHE_MAX_WATCHES_PER_CALLER", value_name = "COUNT", default_value_t = 5_000)]
+    /// Watches of one caller, where there are credentials; further ones are refused with TOO_MANY_WATCHES.
+    #[arg(long, env = "ROLECACHE_MAX_WATCHES_PER_CALLER", value_name = "COUNT", default_value_t = 1_000)]
     pub max_watches_per_caller: usize,
 
     /// Bytes of one request (1024 to 4194304); a larger one is refused with MESSAGE_TOO_LARGE before it is read. Below

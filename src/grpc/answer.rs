@@ -2,7 +2,8 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll},
+    sync::Arc,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -18,6 +19,9 @@ use tonic::{Status, body::Body};
 
 use super::{fault::Fault, peer::Active, weight::Weight};
 
+/// Of an answer, so many bytes may be on their way that hold nothing.
+const SMALL: usize = 1 << 10;
+
 /// What a call holds until its answer is sent: what nobody reads stays in memory.
 #[derive(Default)]
 pub(super) struct Held {
@@ -25,6 +29,13 @@ pub(super) struct Held {
     places: Option<[OwnedSemaphorePermit; 2]>,
     /// Of what it asked, and of what it is answered.
     weight: Option<Weight>,
+    active: Option<Active>,
+}
+
+/// A part of an answer. HTTP/2 takes it as soon as its client reads one byte, and keeps it until all of it is sent.
+struct Chunk {
+    bytes: Bytes,
+    _held: Arc<Held>,
 }
 
 /// The body of an answer.
@@ -33,17 +44,18 @@ pub(super) struct Answer {
     /// Of streams that know nothing of an end themselves.
     end: Option<Pin<Box<dyn Future<Output = Fault> + Send>>>,
     held: Held,
-    _active: Option<Active>,
+    /// The same, once parts of it are on their way.
+    shared: Option<Arc<Held>>,
 }
 
 impl Answer {
     /// One that holds nothing.
     pub(super) fn last(body: Body) -> Self {
-        Self { body, end: None, held: Held::default(), _active: None }
+        Self { body, end: None, held: Held::default(), shared: None }
     }
 
     pub(super) fn new(body: Body, held: Held, active: Active) -> Self {
-        Self { body, end: None, held, _active: Some(active) }
+        Self { body, end: None, held: Held { active: Some(active), ..held }, shared: None }
     }
 
     /// Ends it with the server, and after so long.
@@ -59,6 +71,15 @@ impl Answer {
 }
 
 impl Answer {
+    /// A part that holds what its call holds, however long it takes to be sent.
+    fn chunk(&mut self, bytes: Bytes) -> Result<Frame<Bytes>, Status> {
+        let held = self.shared.get_or_insert_with(|| Arc::new(std::mem::take(&mut self.held)));
+        match held.weight.as_ref().map_or(Ok(()), |weight| weight.add_all_of(bytes.len())) {
+            Ok(()) => Ok(Frame::data(Bytes::from_owner(Chunk { bytes, _held: held.clone() }))),
+            Err(fault) => self.give_up(fault),
+        }
+    }
+
     /// Ends it with a status in place of what was to come.
     fn give_up(&mut self, fault: Fault) -> Result<Frame<Bytes>, Status> {
         self.end = None;
@@ -69,9 +90,15 @@ impl Answer {
     }
 }
 
+impl AsRef<[u8]> for Chunk {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 impl Held {
     pub(super) fn of(places: [OwnedSemaphorePermit; 2], weight: Option<Weight>) -> Self {
-        Self { places: Some(places), weight }
+        Self { places: Some(places), weight, active: None }
     }
 
     pub(super) fn is_some(&self) -> bool {
@@ -89,15 +116,18 @@ impl http_body::Body for Answer {
         {
             return Poll::Ready(Some(self.give_up(fault)));
         }
-        let frame = Pin::new(&mut self.body).poll_frame(cx);
-        if let Poll::Ready(Some(Ok(frame))) = &frame
-            && let Some(data) = frame.data_ref()
-            && let Some(weight) = &self.held.weight
-            && let Err(fault) = weight.add_all_of(data.len())
+        let polled = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let Some(Ok(frame)) = polled else { return Poll::Ready(polled) };
+        if let Some(data) = frame.data_ref()
+            && let Some(active) = &self.shared.as_deref().unwrap_or(&self.held).active
         {
-            return Poll::Ready(Some(self.give_up(fault)));
+            active.sent(data.len());
         }
-        frame
+        Poll::Ready(Some(match frame.into_data() {
+            Ok(bytes) if bytes.len() > SMALL => self.chunk(bytes),
+            Ok(bytes) => Ok(Frame::data(bytes)),
+            Err(frame) => Ok(frame),
+        }))
     }
 
     fn is_end_stream(&self) -> bool {

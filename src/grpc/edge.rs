@@ -97,7 +97,6 @@ impl Edge {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let active = peer.begin();
-        let request = request.map(|body| Metered::new(body, peer.meter.clone()));
         if is_grpc(request.headers()) && !is_ours(&request) {
             let answered = AssertUnwindSafe(self.answer_all(request, peer, active)).catch_unwind().await;
             return answered.unwrap_or_else(|panic| refuse(Fault::panic(&*panic)).map(Answer::last));
@@ -136,6 +135,7 @@ impl Edge {
                 None => return refuse(Fault::Overloaded).map(|body| Answer::new(body, Held::default(), active)),
             },
         };
+        peer.meter.admit();
         head::lighten(&mut request);
         if !goes_on {
             // One that its client does not read is found by its connection.
@@ -156,7 +156,7 @@ impl Edge {
     }
 
     /// The answer, and what it holds until it is sent: its places among the calls in flight, its caller's and all.
-    async fn answer<B>(&self, mut request: Request<B>, peer: &Arc<Peer>, active: &Active) -> (Response<Body>, Held)
+    async fn answer<B>(&self, request: Request<B>, peer: &Arc<Peer>, active: &Active) -> (Response<Body>, Held)
     where
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -172,10 +172,21 @@ impl Edge {
         let method = request.uri().path().rsplit('/').next().and_then(Method::of);
         // tonic answers that it is not implemented.
         let Some(method) = method else { return (self.route(request).await, Held::default()) };
-        let caller = match self.door.admit(request.headers(), peer, method) {
+        let admitted = self.door.admit(request.headers(), peer, method);
+        if !matches!(admitted, Err(Fault::NoCredentials | Fault::BadCredentials)) {
+            peer.meter.admit();
+        }
+        // Of somebody who is known, whatever becomes of it.
+        let known = |request: Request<B>| request.map(|body| Metered::new(body, peer.meter.clone()));
+        let caller = match admitted {
             Ok(caller) => caller,
-            Err(fault) => return (refuse(fault), Held::default()),
+            Err(fault @ (Fault::NoCredentials | Fault::BadCredentials)) => return (refuse(fault), Held::default()),
+            Err(fault) => {
+                drop(known(request));
+                return (refuse(fault), Held::default());
+            }
         };
+        let mut request = known(request);
         active.is_of(&caller);
         if caller.is_revoked() {
             // In between. Whoever ends what is open of the revoked may not have seen this one.
@@ -209,9 +220,9 @@ impl Edge {
             }
         };
         match timeout_at(until, answer).await {
-            // A watch knows by itself how much may wait for its client.
             Ok(response) if is_watch => (self.in_our_words(response), Held::default()),
-            Ok(response) => (self.in_our_words(response), Held::of(places, Some(weight))),
+            // What a write has done is told in any case.
+            Ok(response) => (self.in_our_words(response), Held::of(places, (!Door::writes(method)).then_some(weight))),
             // Nobody set a limit but us, and only the store can have taken so long.
             Err(_) if is_watch && until == limit => (refuse(Fault::StoreUnreachable), Held::default()),
             Err(_) => (refuse(Fault::Deadline), Held::default()),

@@ -19,7 +19,10 @@ const LONGEST: usize = 256;
 /// Lets go of what nobody asks for any more, once it is known who calls what until when.
 pub(super) fn lighten<B>(request: &mut Request<B>) {
     let headers = request.headers();
-    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let uri = request.uri();
+    let of_uri = [uri.path_and_query().map(|it| it.as_str().len()), uri.authority().map(|it| it.as_str().len())];
+    let of_headers = headers.iter().map(|(name, value)| name.as_str().len() + value.len());
+    let bytes: usize = of_uri.into_iter().flatten().chain(of_headers).sum();
     if bytes <= LIGHT && headers.len() <= FEW {
         return;
     }
@@ -65,6 +68,14 @@ mod tests {
         let mut light = request(8);
         lighten(&mut light);
         assert_eq!((light.headers().len(), light.uri().host()), (10, Some("somewhere")));
+    }
+
+    #[test]
+    fn a_long_query_is_heavy_too() {
+        let mut heavy = request(0);
+        *heavy.uri_mut() = format!("{}?{}", heavy.uri().path(), "q".repeat(9_000)).parse().unwrap();
+        lighten(&mut heavy);
+        assert_eq!(heavy.uri(), "/rolecache.v1.RoleCacheService/GetRole");
     }
 
     #[test]

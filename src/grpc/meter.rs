@@ -18,23 +18,32 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// So many bytes at once are nobody's ill will.
-const BURST: i64 = 512 << 10;
+use super::Limits;
 
-/// And so many go on for ever: 1,900 pings.
+/// What all streams of a connection may send before any of it is read, and at least so much.
+const WINDOW: u32 = 512 << 10;
+
+/// So many windows at once are nobody's ill will: all of one may come before anybody knows which calls it is for.
+const BURST: i64 = 2;
+
+/// And so many go on for ever: 960 pings.
 const PER_SECOND: i64 = 16 << 10;
 
 /// What a call may bring beside its messages: headers, window updates, and the pings of a client that measures its bandwidth.
+/// One that nobody lets in brings little.
 const PER_CALL: i64 = 16 << 10;
+const PER_STRANGER: i64 = 1 << 10;
 
 /// What calls may bring later, together.
 const MOST_IN_ADVANCE: i64 = 4 << 20;
 
-/// Of what is written, one byte in so many is answered with window updates and pings. An acknowledged ping still counts for half.
-const OF_WRITTEN: i64 = 2;
+/// A part of an answer may be answered with its own length of window updates, and with so much: two of those, and a ping.
+const PER_PART: i64 = 64;
 
 /// The account of one connection.
 pub(super) struct Meter {
+    burst: i64,
+    per_call: i64,
     /// Of a message, whose rest may still come where nobody reads it.
     message: i64,
     /// Bytes read, less what they were good for. Those who add and those who take away do not wait for each other: a clamp may
@@ -46,9 +55,15 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub(super) fn new(message_bytes: usize) -> Self {
-        let (beyond, since) = (AtomicI64::new(0), Mutex::new(Instant::now()));
-        Self { message: count(message_bytes), beyond, since, exceeded: CancellationToken::new() }
+    pub(super) fn new(limits: &Limits) -> Self {
+        Self {
+            burst: BURST * i64::from(window(limits)),
+            per_call: PER_CALL.max(limits.header_bytes.into()),
+            message: count(limits.message_bytes),
+            beyond: AtomicI64::new(0),
+            since: Mutex::new(Instant::now()),
+            exceeded: CancellationToken::new(),
+        }
     }
 
     pub(super) fn read(&self, bytes: usize) {
@@ -58,7 +73,7 @@ impl Meter {
     fn read_at(&self, bytes: usize, now: impl FnOnce() -> Instant) {
         let bytes = count(bytes);
         let beyond = self.beyond.fetch_add(bytes, Relaxed) + bytes;
-        if beyond > BURST {
+        if beyond > self.burst {
             self.settle(beyond, now());
         } else {
             let most = self.message.max(MOST_IN_ADVANCE);
@@ -68,12 +83,19 @@ impl Meter {
         }
     }
 
-    pub(super) fn wrote(&self, bytes: usize) {
-        self.beyond.fetch_sub(count(bytes) / OF_WRITTEN, Relaxed);
+    /// A part of an answer goes out.
+    pub(super) fn sent(&self, bytes: usize) {
+        self.beyond.fetch_sub(PER_PART + count(bytes), Relaxed);
     }
 
+    /// Of a call that may not be let in.
     pub(super) fn begin_call(&self) {
-        self.beyond.fetch_sub(PER_CALL, Relaxed);
+        self.beyond.fetch_sub(PER_STRANGER, Relaxed);
+    }
+
+    /// A call is let in, or is open to all.
+    pub(super) fn admit(&self) {
+        self.beyond.fetch_sub(self.per_call, Relaxed);
     }
 
     /// Resolves once the connection has sent too much for nothing.
@@ -87,10 +109,15 @@ impl Meter {
         *since = now;
         let left = (beyond - leaked).max(0);
         self.beyond.fetch_sub(beyond - left, Relaxed);
-        if left > BURST {
+        if left > self.burst {
             self.exceeded.cancel();
         }
     }
+}
+
+/// What the streams of a connection may send together.
+pub(super) fn window(limits: &Limits) -> u32 {
+    WINDOW.max(limits.message_bytes as u32)
 }
 
 /// The body of a request, which is what a connection is for.
@@ -152,6 +179,21 @@ mod tests {
     const PING: usize = 17;
     const MESSAGE: usize = 256 << 10;
 
+    fn meter() -> Meter {
+        Meter::new(&Limits {
+            connections: 1,
+            streams: 256,
+            calls: 1,
+            watches: 1,
+            message_bytes: MESSAGE,
+            header_bytes: 16 << 10,
+            deadline: Duration::ZERO,
+            handshake: Duration::ZERO,
+            keepalive: Duration::ZERO,
+            idle: Duration::ZERO,
+        })
+    }
+
     fn is_cut(meter: &Meter) -> bool {
         meter.exceeded.is_cancelled()
     }
@@ -160,42 +202,43 @@ mod tests {
     fn pings(meter: &Meter, count: usize, now: Instant) {
         for _ in 0..count {
             meter.read_at(PING, || now);
-            meter.wrote(PING);
         }
     }
 
     #[test]
     fn pings_in_a_flood_are_cut() {
-        let meter = Meter::new(MESSAGE);
+        let meter = meter();
         let now = Instant::now();
-        pings(&meter, 50_000, now);
+        pings(&meter, 60_000, now);
         assert!(!is_cut(&meter));
-        pings(&meter, 40_000, now);
+        pings(&meter, 2_000, now);
         assert!(is_cut(&meter));
     }
 
     #[test]
     fn pings_that_go_on_for_a_day_are_not() {
-        let meter = Meter::new(MESSAGE);
+        let meter = meter();
         let begun = Instant::now();
         for second in 0..24 * 60 * 60 {
-            pings(&meter, 1_000, begun + Duration::from_secs(second));
+            pings(&meter, 900, begun + Duration::from_secs(second));
         }
         assert!(!is_cut(&meter));
     }
 
     #[test]
     fn calls_are_not_however_many() {
-        let meter = Meter::new(MESSAGE);
+        let meter = meter();
         for _ in 0..100_000 {
             meter.read(8 << 10);
             meter.begin_call();
-            meter.wrote(100);
+            meter.admit();
+            meter.sent(20);
         }
         for _ in 0..1_000 {
             for _ in 0..256 {
                 meter.read(200);
                 meter.begin_call();
+                meter.admit();
             }
             for _ in 0..256 * MESSAGE / (16 << 10) {
                 meter.read(16 << 10);
@@ -207,22 +250,35 @@ mod tests {
 
     #[test]
     fn calls_do_not_pay_for_a_flood() {
-        let meter = Meter::new(MESSAGE);
+        let meter = meter();
         for _ in 0..1_000_000 {
             meter.read(100);
             meter.begin_call();
+            meter.admit();
         }
         pings(&meter, 1_000_000, Instant::now());
         assert!(is_cut(&meter));
     }
 
     #[test]
+    fn calls_that_nobody_lets_in_pay_for_little() {
+        let meter = meter();
+        let now = Instant::now();
+        for _ in 0..1_000 {
+            meter.read_at(100, || now);
+            meter.begin_call();
+            pings(&meter, 300, now);
+        }
+        assert!(is_cut(&meter));
+    }
+
+    #[test]
     fn what_is_sent_with_every_message_of_a_watch_is_not_a_flood() {
-        let meter = Meter::new(MESSAGE);
+        let meter = meter();
         let begun = Instant::now();
         for message in 0..1_000_000 {
-            meter.wrote(40);
-            meter.read_at(PING, || begun + message * Duration::from_micros(200));
+            meter.sent(40);
+            meter.read_at(PING + 26, || begun + message * Duration::from_micros(200));
         }
         assert!(!is_cut(&meter));
     }

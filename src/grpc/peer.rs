@@ -12,7 +12,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::meter::Meter;
+use super::{Limits, meter::Meter};
 use crate::access::Caller;
 
 /// Calls of one connection at once that need no credentials: it takes many connections to keep others from theirs.
@@ -56,10 +56,10 @@ pub(super) struct Active {
 // === impl Peer ===
 
 impl Peer {
-    pub(super) fn new(address: SocketAddr, names: Vec<String>, message_bytes: usize) -> Self {
+    pub(super) fn new(address: SocketAddr, names: Vec<String>, limits: &Limits) -> Self {
         let use_ = Use { calls: BTreeMap::new(), next: 0, idle_since: Instant::now() };
         let open_to_all = Arc::new(Semaphore::new(OPEN_TO_ALL));
-        Self { address, names, meter: Arc::new(Meter::new(message_bytes)), open_to_all, use_: Mutex::new(use_) }
+        Self { address, names, meter: Arc::new(Meter::new(limits)), open_to_all, use_: Mutex::new(use_) }
     }
 
     pub(super) fn begin(self: &Arc<Self>) -> Active {
@@ -105,6 +105,11 @@ impl Active {
         if let Some(call) = self.peer.use_().calls.get_mut(&self.number) {
             call.caller = Some(caller.clone());
         }
+    }
+
+    /// A part of its answer goes out.
+    pub(super) fn sent(&self, bytes: usize) {
+        self.peer.meter.sent(bytes);
     }
 
     pub(super) fn is_answered(&self) {

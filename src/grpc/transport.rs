@@ -18,16 +18,13 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_rustls::TlsAcceptor;
-use tokio_util::{
-    io::{InspectReader, InspectWriter},
-    sync::CancellationToken,
-    task::TaskTracker,
-};
+use tokio_util::{io::InspectReader, sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Limits,
     edge::Edge,
     fault::Fault,
+    meter,
     peer::Peer,
     stream::Begun,
     tls::{self, Tls},
@@ -130,7 +127,7 @@ async fn connection(stream: TcpStream, address: SocketAddr, wire: Wire) {
         None => {
             let begun = begin(&wire, address, preface(stream)).await;
             if let Some(stream) = begun {
-                http2(stream, Peer::new(address, Vec::new(), wire.limits.message_bytes), &wire, pending()).await;
+                http2(stream, Peer::new(address, Vec::new(), &wire.limits), &wire, pending()).await;
             }
         }
         Some(mut newest) => {
@@ -150,8 +147,7 @@ async fn connection(stream: TcpStream, address: SocketAddr, wire: Wire) {
             };
             if let Some((chain, stream)) = begin(&wire, address, shaken).await {
                 let names = chain.first().map(tls::names).unwrap_or_default();
-                http2(stream, Peer::new(address, names, wire.limits.message_bytes), &wire, distrusted(newest, chain))
-                    .await;
+                http2(stream, Peer::new(address, names, &wire.limits), &wire, distrusted(newest, chain)).await;
             }
         }
     }
@@ -214,13 +210,13 @@ where
         .max_send_buf_size(SEND_BUFFER)
         // Of a message over the limit no more is on its way than of one that is not.
         .initial_stream_window_size(LEAST_WINDOW.max(limits.message_bytes as u32))
+        .initial_connection_window_size(meter::window(limits))
         // h2 takes what is less than this.
         .max_header_list_size(limits.header_bytes + 1)
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
-    let (reads, writes) = (peer.clone(), peer.clone());
-    let stream = InspectReader::new(stream, move |bytes: &[u8]| reads.meter.read(bytes.len()));
-    let stream = InspectWriter::new(stream, move |bytes: &[u8]| writes.meter.wrote(bytes.len()));
+    let meter = peer.meter.clone();
+    let stream = InspectReader::new(stream, move |bytes: &[u8]| meter.read(bytes.len()));
     let connection = http2.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let (ended, limit) = tokio::select! {

@@ -18,7 +18,7 @@ use std::{
 use async_stream::try_stream;
 use futures::{Stream, StreamExt};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::OwnedSemaphorePermit,
     time::{Instant, sleep_until},
 };
 use tonic::Status;
@@ -43,11 +43,6 @@ pub(super) type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchRoleChan
 const MESSAGE_CHANGES: usize = 1_000;
 const MESSAGE_BYTES: usize = 128 << 10;
 
-/// A message that needs no room among the large ones, and large ones at once. Where too many clients leave theirs unread, what is
-/// told from then on comes in small ones.
-const SMALL_MESSAGE: usize = 4 << 10;
-const LARGE_MESSAGES: usize = (64 << 20) / MESSAGE_BYTES;
-
 /// Roles in the filter of a watch, which holds them as long as it is open.
 const FILTER_ROLES: usize = 1_000;
 
@@ -55,7 +50,6 @@ const FILTER_ROLES: usize = 1_000;
 pub(super) struct Watches {
     open: Arc<AtomicUsize>,
     most: usize,
-    large: Arc<Semaphore>,
 }
 
 /// One open watch; counted until it is dropped.
@@ -215,11 +209,10 @@ impl Watch {
                         let ends = !cursor.is_inside_a_commit();
                         // One message at a time: a client that does not read holds one, whatever the commit's size.
                         let mut from = 0;
-                        while let Some((message, room)) = self.message(&commit, &mut from, ends, inside) {
+                        while let Some(message) = self.message(&commit, &mut from, ends, inside) {
                             inside = message.partial;
                             failpoint::kill!("watch::message");
                             yield response(Event::Commit(message));
-                            drop(room);
                         }
                     }
                     Happened::Shutdown => {
@@ -291,27 +284,17 @@ impl Watch {
     }
 
     /// The next message for a commit, or for a run of one: of its changes from `from` on those that pass the filter.
-    /// `inside` says that parts have been sent before, `ends` that none follow this run. A large one comes with its room.
-    fn message(
-        &self,
-        commit: &Commit,
-        from: &mut usize,
-        ends: bool,
-        inside: bool,
-    ) -> Option<(v1::Commit, Option<OwnedSemaphorePermit>)> {
+    /// `inside` says that parts have been sent before, `ends` that none follow this run.
+    fn message(&self, commit: &Commit, from: &mut usize, ends: bool, inside: bool) -> Option<v1::Commit> {
         let facts = self.core.store.facts();
         let mut changes: Vec<v1::RoleChange> = Vec::new();
-        let (mut bytes, mut most, mut room) = (0, SMALL_MESSAGE, None);
+        let mut bytes = 0;
         let mut is_last = ends;
         while let Some(change) = commit.changes.get(*from) {
             if self.filter.passes(change, &facts.admin_role) {
                 let change = convert::change(change, commit.revision, commit.at, &facts.admin_role);
                 bytes += prost::Message::encoded_len(&change);
-                if bytes > most && room.is_none() {
-                    room = self.core.watches.room();
-                    most = if room.is_some() { MESSAGE_BYTES } else { SMALL_MESSAGE };
-                }
-                if !changes.is_empty() && (changes.len() == MESSAGE_CHANGES || bytes > most) {
+                if !changes.is_empty() && (changes.len() == MESSAGE_CHANGES || bytes > MESSAGE_BYTES) {
                     is_last = false;
                     break;
                 }
@@ -321,7 +304,7 @@ impl Watch {
         }
         // The end of a commit of which parts have been sent has to be told, if need be with nothing in it.
         let is_due = !changes.is_empty() || (ends && inside);
-        is_due.then(|| (convert::commit(commit, changes, !is_last, facts.store_id), room))
+        is_due.then(|| convert::commit(commit, changes, !is_last, facts.store_id))
     }
 }
 
@@ -377,16 +360,11 @@ impl Filter {
 
 impl Watches {
     pub(super) fn new(most: usize) -> Self {
-        Self { open: Arc::default(), most, large: Arc::new(Semaphore::new(LARGE_MESSAGES)) }
+        Self { open: Arc::default(), most }
     }
 
     pub(super) fn open(&self) -> usize {
         self.open.load(Ordering::SeqCst)
-    }
-
-    /// Room for one large message, until its client has taken it.
-    fn room(&self) -> Option<OwnedSemaphorePermit> {
-        self.large.clone().try_acquire_owned().ok()
     }
 
     fn enter(&self) -> Result<Open, Fault> {

@@ -57,6 +57,10 @@ enum Outcome {
 
 /// Why a whole batch failed.
 enum Trouble {
+    /// There is no session to send it over.
+    Unreachable(Cause),
+    /// Sent, and nothing came back in time.
+    Silent(Cause),
     Unsent(Cause),
     Unknown(Cause),
     Contended,
@@ -291,23 +295,23 @@ impl Trouble {
         match self {
             Self::Contended => started.elapsed() < CONTENTION_LIMIT,
             Self::Rejected(_) | Self::Entangled(_) | Self::NotGranted(_) | Self::Broken(_) => true,
-            Self::Unsent(_) | Self::Unknown(_) | Self::FeedHeld => false,
+            Self::Unreachable(_) | Self::Silent(_) | Self::Unsent(_) | Self::Unknown(_) | Self::FeedHeld => false,
         }
     }
 
     /// What it is for the calls that have not been sent, where it is no matter of those that have.
     fn of_the_others(&self) -> Option<Self> {
         match self {
-            Self::Unsent(cause) | Self::Unknown(cause) => Some(Self::Unsent(Arc::clone(cause))),
+            Self::Unreachable(cause) | Self::Silent(cause) => Some(Self::Unreachable(Arc::clone(cause))),
             Self::FeedHeld => Some(Self::FeedHeld),
-            Self::Contended | Self::Rejected(_) | Self::Entangled(_) | Self::NotGranted(_) | Self::Broken(_) => None,
+            _ => None,
         }
     }
 
     fn answer(&self) -> WriteError {
         match self {
-            Self::Unsent(cause) => WriteError::Unreachable(Arc::clone(cause)),
-            Self::Unknown(cause) => WriteError::OutcomeUnknown(Arc::clone(cause)),
+            Self::Unreachable(cause) | Self::Unsent(cause) => WriteError::Unreachable(Arc::clone(cause)),
+            Self::Silent(cause) | Self::Unknown(cause) => WriteError::OutcomeUnknown(Arc::clone(cause)),
             Self::Contended => WriteError::Busy,
             Self::FeedHeld => WriteError::AllHeld,
             Self::Rejected(cause) => WriteError::Refused(Refusal::Rejected { cause: cause.to_string() }),
@@ -324,9 +328,10 @@ impl From<Failure> for Trouble {
         let code = failure.code();
         let Some(code) = code.as_deref() else {
             return match failure {
-                Failure::NoConnection(_) | Failure::Standby => Self::Unsent(failure.cause()),
+                Failure::NoConnection(_) | Failure::Standby => Self::Unreachable(failure.cause()),
+                Failure::Silent(_) => Self::Silent(failure.cause()),
                 Failure::Shape(_) | Failure::Another => Self::Broken(failure.cause()),
-                Failure::Silent(_) | Failure::Sql(_) => Self::Unknown(failure.cause()),
+                Failure::Sql(_) => Self::Unknown(failure.cause()),
             };
         };
         match code {
@@ -334,7 +339,9 @@ impl From<Failure> for Trouble {
             "55P03" if failure.is_in("number_commit") => Self::FeedHeld,
             "55P03" | "40001" | "40P01" => Self::Contended,
             // A pooler has given us a session that does not know our statements: nothing was run.
-            session::STATEMENT_MISSING | session::STATEMENT_KNOWN => Self::Unsent(failure.cause()),
+            session::STATEMENT_MISSING | session::STATEMENT_KNOWN if !failure.is_in_a_foreign_function() => {
+                Self::Unsent(failure.cause())
+            }
             "57014" => Self::Unsent(failure.cause()),
             "42501" => Self::Rejected(failure.cause()),
             "RC002" => Self::Broken(failure.cause()),
