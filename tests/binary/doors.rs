@@ -243,11 +243,17 @@ async fn a_password_in_the_arguments_is_warned_of() {
     server.err.until(|line| line.contains("WARN") && line.contains("read the database's password"));
     assert!(!server.err.text().contains("hush"), "{}", server.err.text());
     server.stop("TERM");
-    let mut elsewhere = rolecache(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"]);
+    let mut elsewhere = rolecache(["serve", "--listen", "127.0.0.1:0", "--log-format", "json", "--log-level", "trace"]);
     let mut server = Process::spawn(elsewhere.env("ROLECACHE_DATABASE_URL", url.as_str()));
-    server.ready();
-    assert!(!server.err.text().contains("WARN"), "{}", server.err.text());
+    let address = server.ready();
+    let (code, _, err) = run(&["set", "42", "admin", "--address", &address]);
+    assert_eq!(code, 0, "{err}");
     server.stop("TERM");
+    let log = server.err.text();
+    assert!(log.contains("TRACE") && !log.contains("WARN"), "a talkative log");
+    // At no level.
+    let told = log.lines().find(|line| line.contains("hush"));
+    assert_eq!(told, None);
 }
 
 /// Nobody gets too much by a slip, and nobody is told why they may not write; the operator is.

@@ -51,9 +51,9 @@ async fn a_hundred_rotations_under_load_cost_no_call() {
     let callers = |n: usize| -> Vec<Credential> {
         let secret = |n: usize| format!("secret-{n}");
         let mut callers =
-            vec![token("bot", &secret(n), "read watch"), certificate("workload", "bot.test", "read watch")];
+            vec![token("bot", &secret(n), "read watch write"), certificate("workload", "bot.test", "read watch")];
         // A call that has begun may take a rotation's time.
-        callers.extend((n.saturating_sub(2)..n).map(|before| token("bot", &secret(before), "read watch")));
+        callers.extend((n.saturating_sub(2)..n).map(|before| token("bot", &secret(before), "read watch write")));
         callers
     };
     house.admit(&callers(0));
@@ -66,8 +66,8 @@ async fn a_hundred_rotations_under_load_cost_no_call() {
     let mut first = rpc(house.connect(address, None).await.unwrap(), Some("secret-0"));
     let wait = async { while first.get_role(get()).await.is_err() {} };
     timeout(PATIENCE, wait).await.expect("it serves");
-    // One keeps its connection and changes its token, one has a certificate, and one connects for each call.
-    for way in 0..3 {
+    // One keeps its connection and changes its token, one has a certificate, one connects for each call, and one writes.
+    for way in 0..4 {
         let (house, stop, calls, newest, client) =
             (house.clone(), stop.clone(), calls.clone(), newest.clone(), client.clone());
         load.spawn(async move {
@@ -79,7 +79,15 @@ async fn a_hundred_rotations_under_load_cost_no_call() {
                 }
                 let secret = format!("secret-{}", newest.load(Ordering::SeqCst));
                 let mut rpc = rpc(channel.clone(), Some(&*secret).filter(|_| way != 1));
-                rpc.get_role(get()).await.unwrap_or_else(|status| panic!("way {way}, {secret}: {status:?}"));
+                let answer = match way {
+                    3 => {
+                        let role = if calls.load(Ordering::SeqCst).is_multiple_of(2) { "admin" } else { "user" };
+                        let set = SetRoleRequest { user_id: 2, role: role.into(), ..Default::default() };
+                        rpc.set_role(set).await.map(drop)
+                    }
+                    _ => rpc.get_role(get()).await.map(drop),
+                };
+                answer.unwrap_or_else(|status| panic!("way {way}, {secret}: {status:?}"));
                 calls.fetch_add(1, Ordering::SeqCst);
             }
         });
@@ -104,7 +112,7 @@ async fn a_hundred_rotations_under_load_cost_no_call() {
             }
         };
         timeout(PATIENCE, went_on).await.expect("the load goes on");
-        let told = timeout(PATIENCE, watch.message()).await.expect("a heartbeat in time");
+        let told = timeout(PATIENCE, watch.message()).await.expect("a message in time");
         assert!(told.expect("the watch goes on").is_some());
     }
     stop.cancel();

@@ -1,6 +1,15 @@
 //! Closed doors: authorities that sign certificates, a credentials file, and clients that show what they have.
 
-use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use rolecache::{
@@ -50,6 +59,7 @@ pub struct House {
     /// What signs the server's certificate, and what signs those of clients.
     pub servers: Ca,
     pub clients: Ca,
+    writes: AtomicUsize,
 }
 
 pub fn token(name: &str, secret: &str, scopes: &str) -> Credential {
@@ -128,7 +138,7 @@ impl House {
     /// With a server's certificate, and nobody who may come in.
     pub fn new() -> Self {
         let (servers, clients) = (Ca::new("servers"), Ca::new("clients"));
-        let house = Self { directory: tempfile::tempdir().unwrap(), servers, clients };
+        let house = Self { directory: tempfile::tempdir().unwrap(), servers, clients, writes: AtomicUsize::new(0) };
         house.certify();
         house.write("clients.pem", &house.clients.pem);
         house
@@ -142,8 +152,16 @@ impl House {
         self.file(name).display().to_string()
     }
 
+    /// In place, or by a new file that takes the name of the old one: both are ways in which files change.
     pub fn write(&self, name: &str, text: &str) {
-        fs::write(self.file(name), text).unwrap();
+        let turn = self.writes.fetch_add(1, Ordering::Relaxed);
+        if turn.is_multiple_of(2) {
+            fs::write(self.file(name), text).unwrap();
+        } else {
+            let new = self.file(&format!("{name}.new"));
+            fs::write(&new, text).unwrap();
+            fs::rename(&new, self.file(name)).unwrap();
+        }
     }
 
     /// Gives the server a new certificate and key.
