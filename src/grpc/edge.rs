@@ -9,13 +9,13 @@
 //!    have the streams that are open to all;
 //! 7. the caller's deadline is kept here: tonic has its server answer CANCELLED.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{future::poll_fn, panic::AssertUnwindSafe, pin::Pin, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE};
 use tokio::{
     sync::Semaphore,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body, service::Routes};
@@ -54,6 +54,10 @@ const REFLECTIONS: usize = 64;
 const HEALTH_CHECKS: usize = 1_024;
 const HEALTH_LIMIT: Duration = Duration::from_secs(1);
 
+/// Calls that are refused, whose requests are waited for at once, and for how long.
+const DRAINS: usize = 1_024;
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+
 /// The way in.
 #[derive(Clone)]
 pub(super) struct Edge {
@@ -65,6 +69,7 @@ pub(super) struct Edge {
     health_checks: Arc<Semaphore>,
     health_watches: Arc<Semaphore>,
     reflections: Arc<Semaphore>,
+    drains: Arc<Semaphore>,
     /// Of a call whose caller named no deadline, or a later one.
     deadline: Duration,
     message_bytes: usize,
@@ -73,8 +78,8 @@ pub(super) struct Edge {
 
 impl Edge {
     pub(super) fn new(routes: Routes, door: Arc<Door>, limits: &Limits, shutdown: CancellationToken) -> Self {
-        let [calls, bytes, health_checks, health_watches, reflections] =
-            [limits.calls, weight::ALL, HEALTH_CHECKS, HEALTH_WATCHES, REFLECTIONS]
+        let [calls, bytes, health_checks, health_watches, reflections, drains] =
+            [limits.calls, weight::ALL, HEALTH_CHECKS, HEALTH_WATCHES, REFLECTIONS, DRAINS]
                 .map(|places| Arc::new(Semaphore::new(places)));
         let (deadline, message_bytes) = (limits.deadline, limits.message_bytes);
         Self {
@@ -85,6 +90,7 @@ impl Edge {
             health_checks,
             health_watches,
             reflections,
+            drains,
             deadline,
             message_bytes,
             shutdown,
@@ -172,21 +178,20 @@ impl Edge {
         let method = request.uri().path().rsplit('/').next().and_then(Method::of);
         // tonic answers that it is not implemented.
         let Some(method) = method else { return (self.route(request).await, Held::default()) };
-        let admitted = self.door.admit(request.headers(), peer, method);
-        if !matches!(admitted, Err(Fault::NoCredentials | Fault::BadCredentials)) {
-            peer.meter.admit();
-        }
-        // Of somebody who is known, whatever becomes of it.
-        let known = |request: Request<B>| request.map(|body| Metered::new(body, peer.meter.clone()));
-        let caller = match admitted {
+        let caller = match self.door.admit(request.headers(), peer, method) {
             Ok(caller) => caller,
-            Err(fault @ (Fault::NoCredentials | Fault::BadCredentials)) => return (refuse(fault), Held::default()),
+            Err(fault @ (Fault::NoCredentials | Fault::BadCredentials)) => {
+                self.drain(Metered::of_stranger(request.into_body(), peer.meter.clone())).await;
+                return (refuse(fault), Held::default());
+            }
             Err(fault) => {
-                drop(known(request));
+                peer.meter.admit();
+                self.drain(Metered::new(request.into_body(), peer.meter.clone())).await;
                 return (refuse(fault), Held::default());
             }
         };
-        let mut request = known(request);
+        peer.meter.admit();
+        let mut request = request.map(|body| Metered::new(body, peer.meter.clone()));
         active.is_of(&caller);
         if caller.is_revoked() {
             // In between. Whoever ends what is open of the revoked may not have seen this one.
@@ -195,7 +200,10 @@ impl Edge {
         request.extensions_mut().insert(Asker { caller: caller.clone(), peer: peer.clone() });
         let is_watch = method == Method::WatchRoleChanges;
         let place = || Some([caller.begin_call()?, self.calls.clone().try_acquire_owned().ok()?]);
-        let Some(places) = place() else { return (refuse(Fault::Overloaded), Held::default()) };
+        let Some(places) = place() else {
+            self.drain(request.into_body()).await;
+            return (refuse(Fault::Overloaded), Held::default());
+        };
         let deadline = Deadline::of(request.headers());
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(deadline);
@@ -227,6 +235,26 @@ impl Edge {
             Err(_) if is_watch && until == limit => (refuse(Fault::StoreUnreachable), Held::default()),
             Err(_) => (refuse(Fault::Deadline), Held::default()),
         }
+    }
+
+    /// Reads what comes of a call that is refused, before it is: HTTP/2 takes what comes after the answer for a fault of its client's,
+    /// and breaks the connection after many of those.
+    async fn drain<B>(&self, mut body: B)
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Unpin,
+    {
+        let Ok(_place) = self.drains.try_acquire() else { return };
+        let mut left = self.message_bytes;
+        let all = async {
+            while !body.is_end_stream()
+                && let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await
+            {
+                let Some(rest) = left.checked_sub(frame.data_ref().map_or(0, bytes::Bytes::len)) else { return };
+                left = rest;
+            }
+        };
+        // Who does not send it is refused all the same.
+        let _ = timeout(DRAIN_LIMIT, all).await;
     }
 
     fn deny(&self, caller: &Caller, peer: &Peer, method: Method, fault: Fault) -> Response<Body> {

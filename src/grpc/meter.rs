@@ -44,7 +44,7 @@ const PER_PART: i64 = 64;
 pub(super) struct Meter {
     burst: i64,
     per_call: i64,
-    /// Of a message, whose rest may still come where nobody reads it.
+    /// Of a whole message.
     message: i64,
     /// Bytes read, less what they were good for. Those who add and those who take away do not wait for each other: a clamp may
     /// forget what one of them did in that moment, which is less than the burst.
@@ -124,11 +124,17 @@ pub(super) fn window(limits: &Limits) -> u32 {
 pub(super) struct Metered<B: Body> {
     body: B,
     meter: Arc<Meter>,
+    /// What may still come where nobody reads it to its end.
+    rest: i64,
 }
 
 impl<B: Body> Metered<B> {
     pub(super) fn new(body: B, meter: Arc<Meter>) -> Self {
-        Self { body, meter }
+        Self { body, rest: meter.message, meter }
+    }
+
+    pub(super) fn of_stranger(body: B, meter: Arc<Meter>) -> Self {
+        Self { body, rest: 0, meter }
     }
 }
 
@@ -159,7 +165,7 @@ impl<B: Body> Drop for Metered<B> {
     fn drop(&mut self) {
         // Of a call that is refused the rest may be on its way.
         if !self.body.is_end_stream() {
-            self.meter.beyond.fetch_sub(self.meter.message, Relaxed);
+            self.meter.beyond.fetch_sub(self.rest, Relaxed);
         }
     }
 }

@@ -132,6 +132,26 @@ async fn resets_of_streams_that_were_let_in() {
     recovers(&server).await;
 }
 
+/// A client that is told no before it has sent its request does nothing wrong: it goes on, however often.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refusals_do_not_break_a_connection() {
+    let (house, db) = (House::new(), Db::sqlite());
+    house.admit(&[token("bot", "sesame", "read")]);
+    let server = ChildServer::serve(&db.url(), &["--credentials", &house.path("credentials.toml")]).await;
+    let mut connection = begun(server.address).await;
+    let get = head("GetRole");
+    for round in 0..30 {
+        let streams = round * 100..(round + 1) * 100;
+        let heads: Vec<u8> = streams.clone().flat_map(|n| frame(HEADERS, END_HEADERS, stream(n), &get)).collect();
+        connection.write_all(&heads).await.unwrap();
+        assert!(has_read(&mut connection).await, "{round}: it is cut");
+        // An empty message, later than its head.
+        let bodies: Vec<u8> = streams.flat_map(|n| frame(DATA, END_STREAM, stream(n), &[0; 5])).collect();
+        connection.write_all(&bodies).await.unwrap();
+        assert!(has_read(&mut connection).await, "{round}: it is cut");
+    }
+}
+
 /// Streams of health that anybody may begin, each with as many headers as one may have, and no request after them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_heads_and_nothing_after_them() {
