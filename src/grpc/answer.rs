@@ -19,8 +19,8 @@ use tonic::{Status, body::Body};
 
 use super::{fault::Fault, peer::Active, weight::Weight};
 
-/// Of an answer, so many bytes may be on their way that hold nothing.
-const SMALL: usize = 1 << 10;
+/// Of an answer, so many bytes may be on their way that hold nothing: what HTTP/2 keeps for each stream is more.
+const SMALL: usize = 256;
 
 /// What a call holds until its answer is sent: what nobody reads stays in memory.
 #[derive(Default)]
@@ -125,7 +125,8 @@ impl http_body::Body for Answer {
         }
         Poll::Ready(Some(match frame.into_data() {
             Ok(bytes) if bytes.len() > SMALL => self.chunk(bytes),
-            Ok(bytes) => Ok(Frame::data(bytes)),
+            // A copy, or it keeps the 8 KiB that tonic has written it into.
+            Ok(bytes) => Ok(Frame::data(Bytes::copy_from_slice(&bytes))),
             Err(frame) => Ok(frame),
         }))
     }

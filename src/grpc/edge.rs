@@ -102,7 +102,7 @@ impl Edge {
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let active = peer.begin();
+        let active = peer.begin(head::bytes(&request));
         if is_grpc(request.headers()) && !is_ours(&request) {
             let answered = AssertUnwindSafe(self.answer_all(request, peer, active)).catch_unwind().await;
             return answered.unwrap_or_else(|panic| refuse(Fault::panic(&*panic)).map(Answer::last));
@@ -141,8 +141,8 @@ impl Edge {
                 None => return refuse(Fault::Overloaded).map(|body| Answer::new(body, Held::default(), active)),
             },
         };
-        peer.meter.admit();
         head::lighten(&mut request);
+        let request = request.map(|body| Metered::of_stranger(body, peer.meter.clone()));
         if !goes_on {
             // One that its client does not read is found by its connection.
             active.is_answered();
@@ -176,8 +176,12 @@ impl Edge {
             return (refuse(Fault::ShuttingDown), Held::default());
         }
         let method = request.uri().path().rsplit('/').next().and_then(Method::of);
-        // tonic answers that it is not implemented.
-        let Some(method) = method else { return (self.route(request).await, Held::default()) };
+        let Some(method) = method else {
+            let (parts, body) = request.into_parts();
+            self.drain(Metered::of_stranger(body, peer.meter.clone())).await;
+            // tonic answers that it is not implemented.
+            return (self.route(Request::from_parts(parts, Body::empty())).await, Held::default());
+        };
         let caller = match self.door.admit(request.headers(), peer, method) {
             Ok(caller) => caller,
             Err(fault @ (Fault::NoCredentials | Fault::BadCredentials)) => {
@@ -229,8 +233,11 @@ impl Edge {
         };
         match timeout_at(until, answer).await {
             Ok(response) if is_watch => (self.in_our_words(response), Held::default()),
-            // What a write has done is told in any case.
-            Ok(response) => (self.in_our_words(response), Held::of(places, (!Door::writes(method)).then_some(weight))),
+            Ok(response) => {
+                weight.clear();
+                // What a write has done is told in any case.
+                (self.in_our_words(response), Held::of(places, (!Door::writes(method)).then_some(weight)))
+            }
             // Nobody set a limit but us, and only the store can have taken so long.
             Err(_) if is_watch && until == limit => (refuse(Fault::StoreUnreachable), Held::default()),
             Err(_) => (refuse(Fault::Deadline), Held::default()),

@@ -16,14 +16,18 @@ const ACCEPTS: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 /// Longer than any list of encodings that there are.
 const LONGEST: usize = 256;
 
+/// Its bytes, at least as many as have come for it.
+pub(super) fn bytes<B>(request: &Request<B>) -> usize {
+    let uri = request.uri();
+    let of_uri = [uri.path_and_query().map(|it| it.as_str().len()), uri.authority().map(|it| it.as_str().len())];
+    let of_headers = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len());
+    of_uri.into_iter().flatten().chain(of_headers).sum()
+}
+
 /// Lets go of what nobody asks for any more, once it is known who calls what until when.
 pub(super) fn lighten<B>(request: &mut Request<B>) {
     let headers = request.headers();
-    let uri = request.uri();
-    let of_uri = [uri.path_and_query().map(|it| it.as_str().len()), uri.authority().map(|it| it.as_str().len())];
-    let of_headers = headers.iter().map(|(name, value)| name.as_str().len() + value.len());
-    let bytes: usize = of_uri.into_iter().flatten().chain(of_headers).sum();
-    if bytes <= LIGHT && headers.len() <= FEW {
+    if bytes(request) <= LIGHT && headers.len() <= FEW {
         return;
     }
     let mut kept = HeaderMap::new();

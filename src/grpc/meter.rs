@@ -21,18 +21,18 @@ use tokio_util::sync::CancellationToken;
 use super::Limits;
 
 /// What all streams of a connection may send before any of it is read, and at least so much.
-const WINDOW: u32 = 512 << 10;
-
-/// So many windows at once are nobody's ill will: all of one may come before anybody knows which calls it is for.
-const BURST: i64 = 2;
+const WINDOW: u32 = 1 << 20;
 
 /// And so many go on for ever: 960 pings.
 const PER_SECOND: i64 = 16 << 10;
 
-/// What a call may bring beside its messages: headers, window updates, and the pings of a client that measures its bandwidth.
+/// What a call may bring beside its head and its messages: window updates, and the pings of a client that measures its bandwidth.
 /// One that nobody lets in brings little.
-const PER_CALL: i64 = 16 << 10;
+const PER_CALL: i64 = 2 << 10;
 const PER_STRANGER: i64 = 1 << 10;
+
+/// How often what may still come of a message is let pass that nobody reads to its end.
+const FORGIVEN_EVERY: Duration = Duration::from_secs(1);
 
 /// What calls may bring later, together.
 const MOST_IN_ADVANCE: i64 = 4 << 20;
@@ -42,8 +42,8 @@ const PER_PART: i64 = 64;
 
 /// The account of one connection.
 pub(super) struct Meter {
+    /// At once these are nobody's ill will: a window, which may come before anybody knows which calls it is for, and a quarter.
     burst: i64,
-    per_call: i64,
     /// Of a whole message.
     message: i64,
     /// Bytes read, less what they were good for. Those who add and those who take away do not wait for each other: a clamp may
@@ -51,17 +51,18 @@ pub(super) struct Meter {
     beyond: AtomicI64,
     /// Until when `PER_SECOND` has been taken off.
     since: Mutex<Instant>,
+    forgiven: Mutex<Option<Instant>>,
     exceeded: CancellationToken,
 }
 
 impl Meter {
     pub(super) fn new(limits: &Limits) -> Self {
         Self {
-            burst: BURST * i64::from(window(limits)),
-            per_call: PER_CALL.max(limits.header_bytes.into()),
-            message: count(limits.message_bytes),
+            burst: i64::from(window(limits)) * 5 / 4,
+            message: count(limits.message_bytes.max(LEAST_WINDOW as usize)),
             beyond: AtomicI64::new(0),
             since: Mutex::new(Instant::now()),
+            forgiven: Mutex::new(None),
             exceeded: CancellationToken::new(),
         }
     }
@@ -88,14 +89,23 @@ impl Meter {
         self.beyond.fetch_sub(PER_PART + count(bytes), Relaxed);
     }
 
-    /// Of a call that may not be let in.
-    pub(super) fn begin_call(&self) {
-        self.beyond.fetch_sub(PER_STRANGER, Relaxed);
+    /// Of a call that may not be let in, with a head of so many bytes.
+    pub(super) fn begin_call(&self, head: usize) {
+        self.beyond.fetch_sub(PER_STRANGER + count(head), Relaxed);
     }
 
-    /// A call is let in, or is open to all.
+    /// A call is of somebody who is known.
     pub(super) fn admit(&self) {
-        self.beyond.fetch_sub(self.per_call, Relaxed);
+        self.beyond.fetch_sub(PER_CALL, Relaxed);
+    }
+
+    /// The rest of a message is on its way, perhaps: that cannot be told from a client who ends its call, so not every time.
+    fn forgive(&self, rest: i64) {
+        let mut forgiven = self.forgiven.lock().unwrap_or_else(PoisonError::into_inner);
+        if forgiven.is_none_or(|forgiven| forgiven.elapsed() >= FORGIVEN_EVERY) {
+            *forgiven = Some(Instant::now());
+            self.beyond.fetch_sub(rest, Relaxed);
+        }
     }
 
     /// Resolves once the connection has sent too much for nothing.
@@ -113,6 +123,14 @@ impl Meter {
             self.exceeded.cancel();
         }
     }
+}
+
+/// What a stream may send before any of it is read, by HTTP/2 unless it is said otherwise.
+const LEAST_WINDOW: u32 = 65_535;
+
+/// The same, of which no more is on its way of a message over the limit than of one that is not.
+pub(super) fn stream_window(limits: &Limits) -> u32 {
+    LEAST_WINDOW.max(limits.message_bytes as u32)
 }
 
 /// What the streams of a connection may send together.
@@ -165,7 +183,7 @@ impl<B: Body> Drop for Metered<B> {
     fn drop(&mut self) {
         // Of a call that is refused the rest may be on its way.
         if !self.body.is_end_stream() {
-            self.meter.beyond.fetch_sub(self.rest, Relaxed);
+            self.meter.forgive(self.rest);
         }
     }
 }
@@ -215,9 +233,9 @@ mod tests {
     fn pings_in_a_flood_are_cut() {
         let meter = meter();
         let now = Instant::now();
-        pings(&meter, 60_000, now);
+        pings(&meter, 77_000, now);
         assert!(!is_cut(&meter));
-        pings(&meter, 2_000, now);
+        pings(&meter, 200, now);
         assert!(is_cut(&meter));
     }
 
@@ -235,15 +253,17 @@ mod tests {
     fn calls_are_not_however_many() {
         let meter = meter();
         for _ in 0..100_000 {
-            meter.read(8 << 10);
-            meter.begin_call();
+            meter.read(200);
+            meter.begin_call(100);
             meter.admit();
+            meter.read(8 << 10);
+            meter.beyond.fetch_sub(8 << 10, Relaxed);
             meter.sent(20);
         }
         for _ in 0..1_000 {
             for _ in 0..256 {
                 meter.read(200);
-                meter.begin_call();
+                meter.begin_call(100);
                 meter.admit();
             }
             for _ in 0..256 * MESSAGE / (16 << 10) {
@@ -259,7 +279,7 @@ mod tests {
         let meter = meter();
         for _ in 0..1_000_000 {
             meter.read(100);
-            meter.begin_call();
+            meter.begin_call(100);
             meter.admit();
         }
         pings(&meter, 1_000_000, Instant::now());
@@ -272,7 +292,7 @@ mod tests {
         let now = Instant::now();
         for _ in 0..1_000 {
             meter.read_at(100, || now);
-            meter.begin_call();
+            meter.begin_call(100);
             pings(&meter, 300, now);
         }
         assert!(is_cut(&meter));

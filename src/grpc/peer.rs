@@ -62,8 +62,9 @@ impl Peer {
         Self { address, names, meter: Arc::new(Meter::new(limits)), open_to_all, use_: Mutex::new(use_) }
     }
 
-    pub(super) fn begin(self: &Arc<Self>) -> Active {
-        self.meter.begin_call();
+    /// A call begins, with a head of so many bytes.
+    pub(super) fn begin(self: &Arc<Self>, head: usize) -> Active {
+        self.meter.begin_call(head);
         let mut use_ = self.use_();
         let number = use_.next;
         use_.next += 1;

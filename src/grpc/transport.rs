@@ -37,9 +37,6 @@ const LOCAL_RESETS: usize = 1_024;
 /// Bytes that wait in memory for one client that does not read.
 const SEND_BUFFER: usize = 64 * 1024;
 
-/// What a stream may send before it is read, by HTTP/2 unless it is said otherwise.
-const LEAST_WINDOW: u32 = 65_535;
-
 /// How long a client has to answer a keepalive ping.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -208,8 +205,7 @@ where
         .max_concurrent_streams(limits.streams)
         .max_local_error_reset_streams(LOCAL_RESETS)
         .max_send_buf_size(SEND_BUFFER)
-        // Of a message over the limit no more is on its way than of one that is not.
-        .initial_stream_window_size(LEAST_WINDOW.max(limits.message_bytes as u32))
+        .initial_stream_window_size(meter::stream_window(limits))
         .initial_connection_window_size(meter::window(limits))
         // h2 takes what is less than this.
         .max_header_list_size(limits.header_bytes + 1)

@@ -1,7 +1,7 @@
 //! WatchRoleChanges: a cursor turned into messages.
 //!
-//! The stream is a future that the connection polls when the client has room for more. A client that does not read is
-//! not polled, and costs its place in the log and what it has not taken yet.
+//! The stream is a future that the connection polls when the client has room for more, one part ahead. A client that does not read
+//! is not polled, and costs its place in the log and what it has not taken yet.
 
 use std::{
     any::Any,

@@ -4,12 +4,16 @@
 use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Sleep, sleep},
+};
 use tonic::Status;
 
 use super::fault::Fault;
@@ -29,11 +33,16 @@ pub(super) struct Weight {
     held: Arc<Mutex<Vec<OwnedSemaphorePermit>>>,
 }
 
+/// How long the rest of what is too much may take: a call that is answered before would break its connection after many others.
+const REST_LIMIT: Duration = Duration::from_secs(1);
+
 /// The body of a request, which ends as OVERLOADED where it is too much for its caller or for all.
 pub(super) struct Weighed<B> {
     body: B,
     bytes: usize,
     weight: Weight,
+    /// Why it is too much, and until when its rest is read and thrown away.
+    refused: Option<(Fault, Pin<Box<Sleep>>)>,
 }
 
 impl Weight {
@@ -42,7 +51,12 @@ impl Weight {
     }
 
     pub(super) fn of<B>(&self, body: B) -> Weighed<B> {
-        Weighed { body, bytes: 0, weight: self.clone() }
+        Weighed { body, bytes: 0, weight: self.clone(), refused: None }
+    }
+
+    /// Nobody works at the request any more.
+    pub(super) fn clear(&self) {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// What is there as a whole.
@@ -72,20 +86,36 @@ where
     type Error = Box<dyn std::error::Error + Send + Sync>;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else { return Poll::Pending };
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-        {
-            let before = self.bytes.max(FREE);
-            self.bytes += data.len();
-            let more = self.bytes.saturating_sub(before);
-            if more > 0
-                && let Err(fault) = self.weight.add(more)
-            {
-                return Poll::Ready(Some(Err(Status::from(fault).into())));
+        loop {
+            let polled = Pin::new(&mut self.body).poll_frame(cx);
+            if let Some((fault, limit)) = &mut self.refused {
+                let is_over = match polled {
+                    Poll::Ready(Some(Ok(_))) => continue,
+                    Poll::Ready(_) => true,
+                    Poll::Pending => limit.as_mut().poll(cx).is_ready(),
+                };
+                return if is_over {
+                    Poll::Ready(Some(Err(Status::from(fault.clone()).into())))
+                } else {
+                    Poll::Pending
+                };
             }
+            let frame = ready!(polled);
+            if let Some(Ok(frame)) = &frame
+                && let Some(data) = frame.data_ref()
+            {
+                let before = self.bytes.max(FREE);
+                self.bytes += data.len();
+                let more = self.bytes.saturating_sub(before);
+                if more > 0
+                    && let Err(fault) = self.weight.add(more)
+                {
+                    self.refused = Some((fault, Box::pin(sleep(REST_LIMIT))));
+                    continue;
+                }
+            }
+            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -88,7 +88,9 @@ async fn floods_over_one_connection() {
     let settings = |_| frame(SETTINGS, 0, 0, &[]);
     let unknown = |n: usize| frame(0xfe, 0, 0, &n.to_be_bytes());
     let address = server.address;
-    let floods: [(&str, usize, _); 8] = [
+    // A call now and then buys no flood.
+    let pings_beside_calls = |n: usize| if n.is_multiple_of(400) { whole(n / 400) } else { pings(n) };
+    let floods: [(&str, usize, _); 9] = [
         ("rapid reset", FRAMES, &rapid_reset as &dyn Fn(usize) -> Vec<u8>),
         ("resets that are forced", FRAMES, &forced_reset),
         ("CONTINUATION", FRAMES, &endless_headers),
@@ -96,6 +98,7 @@ async fn floods_over_one_connection() {
         ("10,000 streams", 10_000, &open),
         // Few of these hurt nobody.
         ("PING", MANY_FRAMES, &pings),
+        ("PING beside calls", MANY_FRAMES, &pings_beside_calls),
         ("SETTINGS", MANY_FRAMES, &settings),
         ("unknown frames", MANY_FRAMES, &unknown),
     ];
@@ -173,6 +176,34 @@ async fn large_heads_and_nothing_after_them() {
     }
     let grown = server.memory("VmHWM") - before;
     println!("3,200 heads of 400 headers: {grown:+.1} MiB");
+    assert!(grown <= MEMORY, "{grown} MiB");
+    recovers(&server).await;
+}
+
+/// Answers of which their client takes a byte: HTTP/2 has the rest of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_of_which_one_byte_is_read() {
+    let db = Db::sqlite();
+    let server = ChildServer::serve(&db.url(), &[]).await;
+    server.client.clone().get_role(GetRoleRequest { user_id: 1, ..Default::default() }).await.unwrap();
+    let before = server.memory("VmHWM");
+    // SETTINGS_INITIAL_WINDOW_SIZE.
+    let narrow = frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 1]);
+    let get = head("GetRole");
+    let calls = (0..250).flat_map(|n| {
+        let message = frame(DATA, END_STREAM, stream(n), &[0, 0, 0, 0, 2, 8, 1]);
+        [frame(HEADERS, END_HEADERS, stream(n), &get), message].concat()
+    });
+    let all: Vec<u8> = narrow.into_iter().chain(calls).collect();
+    let mut connections = Vec::new();
+    for _ in 0..80 {
+        let mut connection = begun(server.address).await;
+        connection.write_all(&all).await.unwrap();
+        assert!(has_read(&mut connection).await, "it takes them");
+        connections.push(connection);
+    }
+    let grown = server.memory("VmHWM") - before;
+    println!("20,000 answers of which one byte is read: {grown:+.1} MiB");
     assert!(grown <= MEMORY, "{grown} MiB");
     recovers(&server).await;
 }

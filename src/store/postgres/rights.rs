@@ -1,4 +1,4 @@
-//! What our database role may do: enough to serve, and nobody else so much that the log could be forged.
+//! What our database role may do: enough to serve, and no other role so much, by a grant on a table, that the log could be forged.
 //!
 //! The grants are in `docs/postgresql.md`, which is what the tests set up.
 

@@ -342,7 +342,8 @@ impl From<Failure> for Trouble {
             session::STATEMENT_MISSING | session::STATEMENT_KNOWN if !failure.is_in_a_foreign_function() => {
                 Self::Unsent(failure.cause())
             }
-            "57014" => Self::Unsent(failure.cause()),
+            // It took longer than a statement may, and so would the next one.
+            "57014" => Self::Unreachable(failure.cause()),
             "42501" => Self::Rejected(failure.cause()),
             "RC002" => Self::Broken(failure.cause()),
             "RC004" => Self::Entangled(failure.cause()),
