@@ -69,7 +69,8 @@ pub(super) struct Edge {
     health_checks: Arc<Semaphore>,
     health_watches: Arc<Semaphore>,
     reflections: Arc<Semaphore>,
-    drains: Arc<Semaphore>,
+    /// Of those whom nobody knows, and of the others.
+    drains: [Arc<Semaphore>; 2],
     /// Of a call whose caller named no deadline, or a later one.
     deadline: Duration,
     message_bytes: usize,
@@ -78,9 +79,10 @@ pub(super) struct Edge {
 
 impl Edge {
     pub(super) fn new(routes: Routes, door: Arc<Door>, limits: &Limits, shutdown: CancellationToken) -> Self {
-        let [calls, bytes, health_checks, health_watches, reflections, drains] =
-            [limits.calls, weight::ALL, HEALTH_CHECKS, HEALTH_WATCHES, REFLECTIONS, DRAINS]
+        let [calls, bytes, health_checks, health_watches, reflections] =
+            [limits.calls, weight::ALL, HEALTH_CHECKS, HEALTH_WATCHES, REFLECTIONS]
                 .map(|places| Arc::new(Semaphore::new(places)));
+        let drains = [DRAINS; 2].map(|places| Arc::new(Semaphore::new(places)));
         let (deadline, message_bytes) = (limits.deadline, limits.message_bytes);
         Self {
             routes,
@@ -102,12 +104,13 @@ impl Edge {
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let active = peer.begin(head::bytes(&request));
+        let head = head::bytes(&request);
+        let active = peer.begin(head);
         if is_grpc(request.headers()) && !is_ours(&request) {
             let answered = AssertUnwindSafe(self.answer_all(request, peer, active)).catch_unwind().await;
             return answered.unwrap_or_else(|panic| refuse(Fault::panic(&*panic)).map(Answer::last));
         }
-        let answered = AssertUnwindSafe(self.answer(request, peer, &active)).catch_unwind().await;
+        let answered = AssertUnwindSafe(self.answer(request, head, peer, &active)).catch_unwind().await;
         let (response, held) = answered.unwrap_or_else(|panic| (refuse(Fault::panic(&*panic)), Held::default()));
         if held.is_some() {
             // All of it is there: from now on it is the client who is waited for.
@@ -162,7 +165,13 @@ impl Edge {
     }
 
     /// The answer, and what it holds until it is sent: its places among the calls in flight, its caller's and all.
-    async fn answer<B>(&self, request: Request<B>, peer: &Arc<Peer>, active: &Active) -> (Response<Body>, Held)
+    async fn answer<B>(
+        &self,
+        request: Request<B>,
+        head: usize,
+        peer: &Arc<Peer>,
+        active: &Active,
+    ) -> (Response<Body>, Held)
     where
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -178,23 +187,23 @@ impl Edge {
         let method = request.uri().path().rsplit('/').next().and_then(Method::of);
         let Some(method) = method else {
             let (parts, body) = request.into_parts();
-            self.drain(Metered::of_stranger(body, peer.meter.clone())).await;
+            self.drain(&self.drains[0], Metered::of_stranger(body, peer.meter.clone())).await;
             // tonic answers that it is not implemented.
             return (self.route(Request::from_parts(parts, Body::empty())).await, Held::default());
         };
         let caller = match self.door.admit(request.headers(), peer, method) {
             Ok(caller) => caller,
             Err(fault @ (Fault::NoCredentials | Fault::BadCredentials)) => {
-                self.drain(Metered::of_stranger(request.into_body(), peer.meter.clone())).await;
+                self.drain(&self.drains[0], Metered::of_stranger(request.into_body(), peer.meter.clone())).await;
                 return (refuse(fault), Held::default());
             }
             Err(fault) => {
-                peer.meter.admit();
-                self.drain(Metered::new(request.into_body(), peer.meter.clone())).await;
+                peer.meter.admit(head);
+                self.drain(&self.drains[1], Metered::new(request.into_body(), peer.meter.clone())).await;
                 return (refuse(fault), Held::default());
             }
         };
-        peer.meter.admit();
+        peer.meter.admit(head);
         let mut request = request.map(|body| Metered::new(body, peer.meter.clone()));
         active.is_of(&caller);
         if caller.is_revoked() {
@@ -205,7 +214,7 @@ impl Edge {
         let is_watch = method == Method::WatchRoleChanges;
         let place = || Some([caller.begin_call()?, self.calls.clone().try_acquire_owned().ok()?]);
         let Some(places) = place() else {
-            self.drain(request.into_body()).await;
+            self.drain(&self.drains[1], request.into_body()).await;
             return (refuse(Fault::Overloaded), Held::default());
         };
         let deadline = Deadline::of(request.headers());
@@ -246,11 +255,11 @@ impl Edge {
 
     /// Reads what comes of a call that is refused, before it is: HTTP/2 takes what comes after the answer for a fault of its client's,
     /// and breaks the connection after many of those.
-    async fn drain<B>(&self, mut body: B)
+    async fn drain<B>(&self, places: &Semaphore, mut body: B)
     where
         B: http_body::Body<Data = bytes::Bytes> + Unpin,
     {
-        let Ok(_place) = self.drains.try_acquire() else { return };
+        let Ok(_place) = places.try_acquire() else { return };
         let mut left = self.message_bytes;
         let all = async {
             while !body.is_end_stream()

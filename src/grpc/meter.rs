@@ -31,8 +31,14 @@ const PER_SECOND: i64 = 16 << 10;
 const PER_CALL: i64 = 2 << 10;
 const PER_STRANGER: i64 = 1 << 10;
 
+/// Of a head, so much counts before it is known whose it is: by references to headers of before a large one takes few bytes.
+const STRANGE_HEAD: usize = 1 << 10;
+
+/// Heads may come for all streams before anybody looks at one: so much of each.
+const EARLY_HEAD: u32 = 2 << 10;
+
 /// How often what may still come of a message is let pass that nobody reads to its end.
-const FORGIVEN_EVERY: Duration = Duration::from_secs(1);
+const FORGIVEN_EVERY: Duration = Duration::from_millis(50);
 
 /// What calls may bring later, together.
 const MOST_IN_ADVANCE: i64 = 4 << 20;
@@ -42,7 +48,7 @@ const PER_PART: i64 = 64;
 
 /// The account of one connection.
 pub(super) struct Meter {
-    /// At once these are nobody's ill will: a window, which may come before anybody knows which calls it is for, and a quarter.
+    /// At once these are nobody's ill will: a window and heads, which may come before anybody knows which calls they are of.
     burst: i64,
     /// Of a whole message.
     message: i64,
@@ -58,7 +64,8 @@ pub(super) struct Meter {
 impl Meter {
     pub(super) fn new(limits: &Limits) -> Self {
         Self {
-            burst: i64::from(window(limits)) * 5 / 4,
+            burst: i64::from(window(limits))
+                + i64::from(limits.streams) * i64::from(limits.header_bytes.min(EARLY_HEAD)),
             message: count(limits.message_bytes.max(LEAST_WINDOW as usize)),
             beyond: AtomicI64::new(0),
             since: Mutex::new(Instant::now()),
@@ -91,12 +98,12 @@ impl Meter {
 
     /// Of a call that may not be let in, with a head of so many bytes.
     pub(super) fn begin_call(&self, head: usize) {
-        self.beyond.fetch_sub(PER_STRANGER + count(head), Relaxed);
+        self.beyond.fetch_sub(PER_STRANGER + count(head.min(STRANGE_HEAD)), Relaxed);
     }
 
-    /// A call is of somebody who is known.
-    pub(super) fn admit(&self) {
-        self.beyond.fetch_sub(PER_CALL, Relaxed);
+    /// It is of somebody who is known.
+    pub(super) fn admit(&self, head: usize) {
+        self.beyond.fetch_sub(PER_CALL + count(head.saturating_sub(STRANGE_HEAD)), Relaxed);
     }
 
     /// The rest of a message is on its way, perhaps: that cannot be told from a client who ends its call, so not every time.
@@ -233,9 +240,9 @@ mod tests {
     fn pings_in_a_flood_are_cut() {
         let meter = meter();
         let now = Instant::now();
-        pings(&meter, 77_000, now);
+        pings(&meter, 92_000, now);
         assert!(!is_cut(&meter));
-        pings(&meter, 200, now);
+        pings(&meter, 1_000, now);
         assert!(is_cut(&meter));
     }
 
@@ -255,7 +262,7 @@ mod tests {
         for _ in 0..100_000 {
             meter.read(200);
             meter.begin_call(100);
-            meter.admit();
+            meter.admit(100);
             meter.read(8 << 10);
             meter.beyond.fetch_sub(8 << 10, Relaxed);
             meter.sent(20);
@@ -264,7 +271,7 @@ mod tests {
             for _ in 0..256 {
                 meter.read(200);
                 meter.begin_call(100);
-                meter.admit();
+                meter.admit(100);
             }
             for _ in 0..256 * MESSAGE / (16 << 10) {
                 meter.read(16 << 10);
@@ -280,7 +287,7 @@ mod tests {
         for _ in 0..1_000_000 {
             meter.read(100);
             meter.begin_call(100);
-            meter.admit();
+            meter.admit(100);
         }
         pings(&meter, 1_000_000, Instant::now());
         assert!(is_cut(&meter));

@@ -34,7 +34,7 @@ use crate::support::{
     child::ChildServer,
     doors::{House, token},
     raw::{Raw, SERVICE, frame, frame_bytes},
-    server::Db,
+    server::{Db, PATIENCE},
 };
 
 /// What one input may take: beyond it hangs, which busy processors do not excuse.
@@ -263,7 +263,16 @@ async fn outcomes(db: Db, table: &str, others: &[&str]) {
     let server = ChildServer::serve(&db.url(), &[]).await;
     let request = SetRoleRequest { user_id: 1, role: "admin".into(), request_id: "r".into(), ..Default::default() };
     let set = async || server.client.clone().set_role(request.clone()).await;
-    let change = set().await.unwrap().into_inner().change.unwrap();
+    // Beside the other targets a first connection to the store may take longer than a write waits for one.
+    let done = async {
+        loop {
+            match set().await {
+                Err(status) if status.code() == Code::Unavailable => {}
+                told => return told.unwrap().into_inner(),
+            }
+        }
+    };
+    let change = timeout(PATIENCE, done).await.expect("a write in time").change.unwrap();
     server.client.clone().set_role(SetRoleRequest { user_id: 2, ..request.clone() }).await.unwrap_err();
     let columns = [&["revision"], others].concat();
     let right = db.sql(&format!("select {} from {table}", columns.join(", ")));

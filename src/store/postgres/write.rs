@@ -342,7 +342,7 @@ impl From<Failure> for Trouble {
             session::STATEMENT_MISSING | session::STATEMENT_KNOWN if !failure.is_in_a_foreign_function() => {
                 Self::Unsent(failure.cause())
             }
-            // It took longer than a statement may, and so would the next one.
+            // It took longer than a statement may. Whether the next one would as well, no caller waits to see.
             "57014" => Self::Unreachable(failure.cause()),
             "42501" => Self::Rejected(failure.cause()),
             "RC002" => Self::Broken(failure.cause()),
