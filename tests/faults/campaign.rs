@@ -10,6 +10,8 @@ use std::{
 use futures::{FutureExt, future::BoxFuture};
 use tokio::time::timeout;
 
+use crate::pulse::Pulse;
+
 /// How long a campaign is.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Tier {
@@ -57,6 +59,7 @@ pub struct Report {
     wanted: u64,
     outcome: Outcome,
     took: Duration,
+    standstills: Vec<Duration>,
 }
 
 /// Of rounds, one in so many may prove nothing, and has to be run again.
@@ -95,6 +98,7 @@ impl Campaign {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let limit = LIMIT + LIMIT_EACH * rounds.min(MOST_LONG) as u32;
         let body = AssertUnwindSafe((self.body)(rounds_of)).catch_unwind();
+        let pulse = Pulse::start();
         let ran = runtime.block_on(async { timeout(limit, body).await });
         runtime.shutdown_timeout(Duration::from_secs(5));
         let outcome = match ran {
@@ -102,7 +106,8 @@ impl Campaign {
             Ok(Err(left)) => Outcome { violations: vec![text(&*left)], ..Outcome::default() },
             Err(_) => Outcome { violations: vec![format!("it is not done within {limit:?}")], ..Outcome::default() },
         };
-        Report { name: self.name, unit: self.unit, wanted: rounds, outcome, took: begun.elapsed() }
+        let (took, standstills) = (begun.elapsed(), pulse.stop());
+        Report { name: self.name, unit: self.unit, wanted: rounds, outcome, took, standstills }
     }
 }
 
@@ -156,9 +161,13 @@ impl Report {
     }
 
     pub fn print(&self) {
-        let Self { name, unit, wanted, outcome, took } = self;
+        let Self { name, unit, wanted, outcome, took, standstills } = self;
         for (name, value) in &outcome.figures {
             println!("   {name}: {value}");
+        }
+        // It excuses nothing: it is for whoever looks for the cause.
+        for standstill in standstills {
+            println!("   the machine stood still for {standstill:.1?}");
         }
         for reason in &outcome.hollow {
             println!("   PROVES NOTHING: {reason}");

@@ -291,6 +291,11 @@ impl Replica {
         self.with(|server| server.memory(figure))
     }
 
+    /// From now on `VmHWM` is the most that it takes from now on.
+    pub fn forget_peak(&self) {
+        self.with(|server| server.forget_peak());
+    }
+
     pub fn is_up(&self) -> bool {
         self.life.lock().unwrap().server.is_some()
     }

@@ -11,6 +11,7 @@ mod checker;
 mod cluster;
 mod history;
 mod log;
+mod pulse;
 mod request;
 mod sessions;
 #[path = "../support/mod.rs"]

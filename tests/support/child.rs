@@ -139,6 +139,11 @@ impl ChildServer {
         line.trim().trim_end_matches(" kB").parse::<f64>().unwrap() / 1024.0
     }
 
+    /// From now on `VmHWM` is the most that it takes from now on: see proc(5), `clear_refs`.
+    pub fn forget_peak(&self) {
+        std::fs::write(format!("/proc/{}/clear_refs", self.process.0.id()), "5").unwrap();
+    }
+
     /// How long processors have worked for it.
     pub fn processor_time(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.0.id())).unwrap();

@@ -6,6 +6,7 @@ pub mod abuse;
 pub mod calls;
 pub mod child;
 pub mod crowd;
+pub mod documented;
 pub mod doors;
 pub mod gates;
 pub mod logs;

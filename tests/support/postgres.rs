@@ -475,7 +475,7 @@ fn write_unprivileged(file: &Path, text: &str) {
 }
 
 /// PostgreSQL refuses to run as root.
-fn unprivileged(program: &Path) -> Command {
+pub fn unprivileged(program: &Path) -> Command {
     let is_root = fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0);
     if !is_root {
         return Command::new(program);

@@ -1,5 +1,5 @@
 //! A TCP proxy in front of PostgreSQL that goes silent, breaks, strands, slows or slices connections, or swallows
-//! notifications, on command.
+//! notifications and what a session asks for at its start, on command.
 
 use std::{
     sync::{
@@ -64,6 +64,7 @@ pub struct Proxy {
 #[derive(Default)]
 struct Rules {
     is_mute: AtomicBool,
+    drops_options: AtomicBool,
     is_refusing: AtomicBool,
     lines: Mutex<Vec<Arc<Line>>>,
 }
@@ -162,6 +163,11 @@ impl Proxy {
     pub fn mute(&self) {
         self.rules.is_mute.store(true, Ordering::Relaxed);
     }
+
+    /// From now on no session is told the options that it should begin with, as by PgBouncer's `ignore_startup_parameters`.
+    pub fn drop_options(&self) {
+        self.rules.drops_options.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Proxy {
@@ -201,7 +207,7 @@ impl Line {
         let mut fate = self.fate.subscribe();
         {
             let ((from_client, to_client), (from_server, to_server)) = (client.split(), server.split());
-            let forward = self.forward(from_client, to_server, is_frozen.clone());
+            let forward = self.forward(from_client, to_server, is_frozen.clone(), rules);
             let answer = self.answer(from_server, to_client, is_frozen, rules);
             // Fate first: a frozen pair that is cut and then thawed must not pass a byte more.
             tokio::select! {
@@ -218,8 +224,18 @@ impl Line {
         }
     }
 
-    async fn forward(&self, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, mut frozen: watch::Receiver<bool>) {
+    async fn forward(
+        &self,
+        mut from: ReadHalf<'_>,
+        mut to: WriteHalf<'_>,
+        mut frozen: watch::Receiver<bool>,
+        rules: &Rules,
+    ) {
         let mut bytes = vec![0; 16 * 1024];
+        if rules.drops_options.load(Ordering::Relaxed) {
+            let n = from.read(&mut bytes).await.unwrap_or(0);
+            let _ = to.write_all(&without_options(&bytes[..n])).await;
+        }
         while let Ok(n @ 1..) = from.read(&mut bytes).await {
             // A query of its own: a byte that says so, a length, a text.
             if bytes[0] == b'Q' && bytes[5..n.max(5)].starts_with(b"LISTEN ") {
@@ -283,4 +299,15 @@ impl Line {
             _ => to.write_all(bytes).await.is_ok(),
         }
     }
+}
+
+/// A start-up message: its length, a version, names and values that end with a zero each, and another zero.
+fn without_options(message: &[u8]) -> Vec<u8> {
+    let mut rest = message[4..8].to_vec();
+    let fields: Vec<&[u8]> = message[8..].split(|byte| *byte == 0).collect();
+    for field in fields.chunks_exact(2).filter(|field| !field[0].is_empty() && field[0] != b"options") {
+        rest.extend([field[0], b"\0", field[1], b"\0"].concat());
+    }
+    rest.push(0);
+    [&(rest.len() as u32 + 4).to_be_bytes()[..], &rest].concat()
 }

@@ -28,18 +28,23 @@ const STATEMENT_LIMIT: Duration = Duration::from_secs(2);
 /// How long a notification to ourselves may take before LISTEN counts as swallowed.
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
 const PROBE_AGAIN: Duration = Duration::from_secs(60);
-/// How often the log is read instead, behind a pooler that swallows LISTEN.
+/// How often the log is read instead, behind a pooler.
 const POLL: Duration = Duration::from_millis(50);
+/// Whether this session began with the settings that we ask for, and so is ours alone. One that a pooler shares has them from
+/// its role: a LISTEN would stay in it when others have it, and what it hears come between them and their answers.
+const IS_OURS: &str = "select source = 'client' from pg_settings where name = 'statement_timeout'";
 
 /// What is known about notifications.
 #[derive(Default)]
 pub(super) struct Listening {
-    is_swallowed: AtomicBool,
+    is_polled: AtomicBool,
 }
 
-enum Probe {
-    Heard,
-    Swallowed,
+enum Start {
+    Heard(Ear),
+    Swallowed(Ear),
+    /// The session is a pooler's, and nothing listens in it.
+    Pooled,
 }
 
 /// Why a connection is not trusted any more.
@@ -64,39 +69,44 @@ impl Postgres {
         let mut pause = pauses();
         loop {
             match self.subscribe(wake).await {
-                Ok((ear, Probe::Heard)) => {
+                Ok(Start::Heard(ear)) => {
                     pause = pauses();
-                    if self.listening.is_swallowed.swap(false, Ordering::Relaxed) {
+                    if self.listening.is_polled.swap(false, Ordering::Relaxed) {
                         tracing::info!("notifications arrive again");
                     }
                     let doubt = self.follow(ear, wake).await;
                     tracing::warn!(%doubt, "the connection that listens for changes is made anew");
                 }
-                Ok((mut ear, Probe::Swallowed)) => {
-                    // The pooler's session goes on, for others: it should not hear for us.
+                Ok(Start::Swallowed(mut ear)) => {
+                    // The session may go on, for others: it should not hear for us.
                     let _ = timeout(STATEMENT_LIMIT, ear.listener().unlisten_all()).await;
                     drop(ear);
-                    if !self.listening.is_swallowed.swap(true, Ordering::Relaxed) {
-                        tracing::warn!(
-                            "notifications do not arrive, as behind a pooler in transaction mode; the log is read every \
-                             {} ms instead",
-                            POLL.as_millis()
-                        );
-                        wake();
-                    }
-                    tokio::time::sleep(PROBE_AGAIN).await;
+                    self.poll_instead(wake).await;
                 }
+                Ok(Start::Pooled) => self.poll_instead(wake).await,
                 Err(failure) => tracing::debug!(error = %failure, "cannot listen for changes"),
             }
             tokio::time::sleep(pause.next().unwrap_or_default()).await;
         }
     }
 
-    pub(super) fn poll_at_least_every(&self) -> Option<Duration> {
-        self.listening.is_swallowed.load(Ordering::Relaxed).then_some(POLL)
+    /// Until it is time to look again.
+    async fn poll_instead(&self, wake: &(dyn Fn() + Send + Sync)) {
+        if !self.listening.is_polled.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "notifications cannot be relied on, as behind a pooler; the log is read every {} ms instead",
+                POLL.as_millis()
+            );
+            wake();
+        }
+        tokio::time::sleep(PROBE_AGAIN).await;
     }
 
-    async fn subscribe(&self, wake: &(dyn Fn() + Send + Sync)) -> Result<(Ear, Probe), Failure> {
+    pub(super) fn poll_at_least_every(&self) -> Option<Duration> {
+        self.listening.is_polled.load(Ordering::Relaxed).then_some(POLL)
+    }
+
+    async fn subscribe(&self, wake: &(dyn Fn() + Send + Sync)) -> Result<Start, Failure> {
         // One connection, and never another: a reconnect behind our back would not be followed by a read.
         let options = session::session(&self.url, session::STATEMENT_LIMIT);
         let pool = PgPoolOptions::new()
@@ -108,29 +118,29 @@ impl Postgres {
         let mut ear = Ear(Some(PgListener::connect_with(&pool).await.map_err(Failure::NoConnection)?));
         let listener = ear.listener();
         listener.eager_reconnect(false);
-        match timeout(STATEMENT_LIMIT, listener.listen(CHANNEL)).await {
-            Ok(listens) => listens?,
-            Err(_) => return Err(Failure::Silent(STATEMENT_LIMIT)),
+        let is_ours = in_time(sqlx::query_scalar::<_, bool>(IS_OURS).fetch_one(&mut *listener)).await?;
+        if !is_ours {
+            return Ok(Start::Pooled);
         }
+        in_time(listener.listen(CHANNEL)).await?;
         if !failpoint::is_on!("bug::no_read_after_listen") {
             wake();
         }
-        let probe = self.probe(listener).await?;
-        Ok((ear, probe))
+        Ok(if self.hears(listener).await? { Start::Heard(ear) } else { Start::Swallowed(ear) })
     }
 
     /// Rings from another session. From its own it would always be heard, behind a pooler too: both would be the same
     /// server connection at that moment.
-    async fn probe(&self, listener: &mut PgListener) -> Result<Probe, Failure> {
+    async fn hears(&self, listener: &mut PgListener) -> Result<bool, Failure> {
         let mark = Uuid::new_v4().to_string();
         let ring = session::fetch(&self.pools.reads, || sqlx::query("select pg_notify('rolecache', $1)").bind(&mark));
         timeout(STATEMENT_LIMIT, ring).await.unwrap_or(Err(Failure::Silent(STATEMENT_LIMIT)))?;
         // Whatever comes was not swallowed.
         match timeout(PROBE_LIMIT, listener.try_recv()).await {
-            Ok(Ok(Some(_))) => Ok(Probe::Heard),
+            Ok(Ok(Some(_))) => Ok(true),
             Ok(Ok(None)) => Err(lost()),
             Ok(Err(error)) => Err(error.into()),
-            Err(_) => Ok(Probe::Swallowed),
+            Err(_) => Ok(false),
         }
     }
 
@@ -145,9 +155,9 @@ impl Postgres {
                 Ok(Ok(Some(_))) => {}
                 Ok(Ok(None)) => return Doubt::Failed(lost()),
                 Ok(Err(error)) => return Doubt::Failed(error.into()),
-                Err(_) => match self.probe(listener).await {
-                    Ok(Probe::Heard) => {}
-                    Ok(Probe::Swallowed) => return Doubt::Unheard,
+                Err(_) => match self.hears(listener).await {
+                    Ok(true) => {}
+                    Ok(false) => return Doubt::Unheard,
                     Err(failure) => return Doubt::Failed(failure),
                 },
             }
@@ -180,6 +190,11 @@ impl Drop for Ear {
             Err(error) => tracing::warn!(%error, "a connection that listened may stay open"),
         }
     }
+}
+
+/// A statement of the connection that listens.
+async fn in_time<T>(statement: impl Future<Output = sqlx::Result<T>>) -> Result<T, Failure> {
+    timeout(STATEMENT_LIMIT, statement).await.map_err(|_| Failure::Silent(STATEMENT_LIMIT))?.map_err(Failure::from)
 }
 
 fn lost() -> Failure {

@@ -16,11 +16,11 @@ use sqlx::{
 use super::rows;
 use crate::store::{Cause, OpenError, StoreError};
 
-/// How long a statement may take on the server; the client gives up a little later, in case the connection is dead.
 /// A prepared statement is not there, or is there already: a pooler gives sessions that do not know ours.
 pub(super) const STATEMENT_MISSING: &str = "26000";
 pub(super) const STATEMENT_KNOWN: &str = "42P05";
 
+/// How long a statement may take on the server; the client gives up a little later, in case the connection is dead.
 pub(super) const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 /// Of a look at what is there, when the store is opened.
 pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(10);
@@ -82,6 +82,8 @@ pub(super) enum Failure {
 pub(super) fn session(url: &PgConnectOptions, statement_limit: Duration) -> PgConnectOptions {
     url.clone()
         .application_name("rolecache")
+        // We read no such numbers, and PgBouncer refuses the setting.
+        .extra_float_digits(None)
         .options([
             ("default_transaction_isolation", "read committed"),
             ("statement_timeout", &format!("{}ms", statement_limit.as_millis())),

@@ -23,11 +23,6 @@ use crate::{
 /// Of all replicas together.
 const CALLERS: usize = 5_000;
 
-/// Of the short tier, only one round in so many has as many; the others have `FEW`.
-const SHORT: u64 = 100;
-const MANY_EVERY: u64 = 10;
-const FEW: usize = 250;
-
 /// Connections of a replica's callers: each takes 256 of them.
 const CONNECTIONS: usize = 16;
 
@@ -57,7 +52,7 @@ pub fn campaigns() -> Vec<Campaign> {
         name: "cold-user",
         unit: "cold users",
         must_hold: "one query per replica, errors are not cached",
-        short: SHORT,
+        short: 100,
         nightly: 1_000,
         body: |rounds| run(rounds).boxed(),
     }]
@@ -85,20 +80,18 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let clients: Vec<Vec<_>> =
         cluster.replicas.iter().map(|replica| (0..CONNECTIONS).map(|_| replica.client()).collect()).collect();
     let (mut store, mut observer) = (Session::open(&url), Session::open(&url));
-    let (mut failed, mut errors, mut many) = (0, 0, 0);
+    let (mut failed, mut errors) = (0, 0);
     let (mut queries, mut failing, mut came) = (Vec::new(), Vec::new(), Vec::new());
     while let Some(round) = outcome.next_of(rounds.count) {
         let user = FIRST_COLD + round as i64;
         traffic.users.push(user);
         // One in eight: it is told when the lock has been waited for in vain.
         let fails = rounds.random.u8(..8) == 0;
-        let is_long = rounds.count > SHORT;
-        let callers = if is_long || round % MANY_EVERY == MANY_EVERY / 2 { CALLERS } else { FEW };
-        let each = callers / cluster.replicas.len();
+        let each = CALLERS / cluster.replicas.len();
         for replica in &cluster.replicas {
             replica.until_in_step().await;
         }
-        let weak = traffic.run_up(50).await.err();
+        let weak = traffic.run_up(20).await.err();
         let before = [stats(&cluster.replicas[0]).await, stats(&cluster.replicas[1]).await];
         // From now on the query of a fill does not come to its end; reads of the log do.
         store.run("begin; lock table users in access exclusive mode;");
@@ -134,7 +127,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
             }
         }
         if !all_came {
-            outcome.weak.push(format!("user {user}: not all {callers} had come after {TO_COME:?}"));
+            outcome.weak.push(format!("user {user}: not all {CALLERS} had come after {TO_COME:?}"));
             continue;
         }
         match weak {
@@ -144,7 +137,6 @@ async fn run(mut rounds: Rounds) -> Outcome {
             }
             None => outcome.fired += 1,
         }
-        many += u64::from(callers == CALLERS);
         if waiting > cluster.replicas.len() {
             outcome.violated([format!("user {user}: {waiting} queries wait, failing: {fails}")]);
         }
@@ -178,7 +170,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     }
     traffic.settle(&mut outcome).await;
     outcome.figure("failing", format!("{failed} of {} users, {errors} callers were told so", outcome.fired));
-    outcome.figure("callers at once", format!("{CALLERS} for {many} users, {FEW} for the others"));
+    outcome.figure("callers at once", CALLERS);
     let most = |queries: &[i64]| queries.iter().max().copied().unwrap_or(0);
     outcome.figure("queries of a replica", format!("{} at most, {} where they fail", most(&queries), most(&failing)));
     outcome.times("all callers had come after", came);

@@ -6,6 +6,7 @@ use rolecache::store::{self, OpenError, StoreError, WriteError};
 
 use super::{Bell, log, open, options, role_of, set, told, with_id};
 use crate::support::{
+    documented::documented,
     postgres::{Postgres, Session, psql},
     proxy::{Fate, Proxy, Which},
 };
@@ -86,6 +87,24 @@ async fn swallowed_notifications_are_recognised() {
     bell.rings().await; // LISTEN
     bell.rings().await; // and found to be of no use
     assert_eq!(store.poll_at_least_every(), Some(Duration::from_millis(50)));
+}
+
+/// A pooler may share it: what listens there would go on listening between other people's statements.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_whose_settings_are_not_from_us_is_not_listened_in() {
+    let database = Postgres::shared().fresh_database().await;
+    let name = psql(&database.url, "select current_database()");
+    let settings =
+        documented("For each role behind a pooler").replace("role rolecache_service", &format!("database {name}"));
+    psql(&database.url, &settings);
+    let proxy = Proxy::before(&database.url).await;
+    proxy.drop_options();
+    let store = open(&proxy.url).await;
+    let mut bell = Bell::of(&store);
+    bell.rings().await; // and then the log is polled
+    assert_eq!(store.poll_at_least_every(), Some(Duration::from_millis(50)));
+    let listening = "select count(*) from pg_stat_activity where datname = current_database() and query like 'LISTEN%'";
+    assert_eq!(psql(&database.url, listening), "0");
 }
 
 /// Everything else passes, and what is said over this connection is answered.

@@ -9,18 +9,10 @@ use rolecache::{
 
 use super::{Bell, call, fresh, log, options, refusal, role_of, set, told, with_id};
 use crate::support::{
+    documented::documented,
     logs,
     postgres::{Postgres, fingerprint, psql, try_psql},
 };
-
-const PAGE: &str = include_str!("../../../docs/postgresql.md");
-
-/// The statements of the page that begin with this comment.
-fn documented(comment: &str) -> &'static str {
-    let (_, rest) = PAGE.split_once(&format!("```sql\n-- {comment}")).expect("the page has these statements");
-    let (_, statements) = rest.split_once('\n').unwrap();
-    statements.split_once("```").unwrap().0
-}
 
 /// A bot's database of a server of its own, because roles are the server's and have the names of the page.
 struct Documented {
