@@ -15,7 +15,7 @@ use futures::FutureExt;
 use http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE};
 use tokio::{
     sync::Semaphore,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body, service::Routes};
@@ -54,9 +54,11 @@ const REFLECTIONS: usize = 64;
 const HEALTH_CHECKS: usize = 1_024;
 const HEALTH_LIMIT: Duration = Duration::from_secs(1);
 
-/// Calls that are refused, whose requests are waited for at once, and for how long.
+/// Calls that are refused, whose requests are waited for at once, for how long, and how much of each: a message may be over
+/// the limit.
 const DRAINS: usize = 1_024;
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+const DRAINED_MESSAGES: usize = 4;
 
 /// The way in.
 #[derive(Clone)]
@@ -176,30 +178,36 @@ impl Edge {
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
+        let deadline = Deadline::of(request.headers());
+        // Of a watch, until it is open: its stream keeps the deadline itself.
+        let limit = Instant::now() + self.deadline;
+        let until = deadline.map_or(limit, |deadline| deadline.0.min(limit));
         if !is_grpc(request.headers()) {
+            self.drain_stranger(request.into_body(), peer, until).await;
             let mut response = Response::new(Body::empty());
             *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
             return (response, Held::default());
         }
         if self.shutdown.is_cancelled() {
+            self.drain_stranger(request.into_body(), peer, until).await;
             return (refuse(Fault::ShuttingDown), Held::default());
         }
         let method = request.uri().path().rsplit('/').next().and_then(Method::of);
         let Some(method) = method else {
             let (parts, body) = request.into_parts();
-            self.drain(&self.drains[0], Metered::of_stranger(body, peer.meter.clone())).await;
+            self.drain_stranger(body, peer, until).await;
             // tonic answers that it is not implemented.
             return (self.route(Request::from_parts(parts, Body::empty())).await, Held::default());
         };
         let caller = match self.door.admit(request.headers(), peer, method) {
             Ok(caller) => caller,
             Err(fault @ (Fault::NoCredentials | Fault::BadCredentials)) => {
-                self.drain(&self.drains[0], Metered::of_stranger(request.into_body(), peer.meter.clone())).await;
+                self.drain_stranger(request.into_body(), peer, until).await;
                 return (refuse(fault), Held::default());
             }
             Err(fault) => {
                 peer.meter.admit(head);
-                self.drain(&self.drains[1], Metered::new(request.into_body(), peer.meter.clone())).await;
+                self.drain(&self.drains[1], Metered::new(request.into_body(), peer.meter.clone()), until).await;
                 return (refuse(fault), Held::default());
             }
         };
@@ -208,22 +216,19 @@ impl Edge {
         active.is_of(&caller);
         if caller.is_revoked() {
             // In between. Whoever ends what is open of the revoked may not have seen this one.
+            self.drain(&self.drains[1], request.into_body(), until).await;
             return (self.deny(&caller, peer, method, Fault::BadCredentials), Held::default());
         }
         request.extensions_mut().insert(Asker { caller: caller.clone(), peer: peer.clone() });
         let is_watch = method == Method::WatchRoleChanges;
         let place = || Some([caller.begin_call()?, self.calls.clone().try_acquire_owned().ok()?]);
         let Some(places) = place() else {
-            self.drain(&self.drains[1], request.into_body()).await;
+            self.drain(&self.drains[1], request.into_body(), until).await;
             return (refuse(Fault::Overloaded), Held::default());
         };
-        let deadline = Deadline::of(request.headers());
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(deadline);
         }
-        // Of a watch, until it is open: its stream keeps the deadline itself.
-        let limit = Instant::now() + self.deadline;
-        let until = deadline.map_or(limit, |deadline| deadline.0.min(limit));
         head::lighten(&mut request);
         let weight = Weight::new(caller.clone(), self.bytes.clone());
         let request = request.map(|body| weight.of(body));
@@ -240,10 +245,15 @@ impl Edge {
                 () = caller.revoked(), if !Door::writes(method) => self.deny(&caller, peer, method, Fault::BadCredentials),
             }
         };
-        match timeout_at(until, answer).await {
+        let answered = timeout_at(until, answer).await;
+        if let Some(rest) = weight.clear()
+            && answered.as_ref().is_ok_and(is_refusal)
+        {
+            self.drain(&self.drains[1], rest, until).await;
+        }
+        match answered {
             Ok(response) if is_watch => (self.in_our_words(response), Held::default()),
             Ok(response) => {
-                weight.clear();
                 // What a write has done is told in any case.
                 (self.in_our_words(response), Held::of(places, (!Door::writes(method)).then_some(weight)))
             }
@@ -253,14 +263,21 @@ impl Edge {
         }
     }
 
+    async fn drain_stranger<B>(&self, body: B, peer: &Peer, until: Instant)
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Unpin,
+    {
+        self.drain(&self.drains[0], Metered::of_stranger(body, peer.meter.clone()), until).await;
+    }
+
     /// Reads what comes of a call that is refused, before it is: HTTP/2 takes what comes after the answer for a fault of its client's,
     /// and breaks the connection after many of those.
-    async fn drain<B>(&self, places: &Semaphore, mut body: B)
+    async fn drain<B>(&self, places: &Semaphore, mut body: B, until: Instant)
     where
         B: http_body::Body<Data = bytes::Bytes> + Unpin,
     {
         let Ok(_place) = places.try_acquire() else { return };
-        let mut left = self.message_bytes;
+        let mut left = DRAINED_MESSAGES * self.message_bytes;
         let all = async {
             while !body.is_end_stream()
                 && let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await
@@ -270,7 +287,7 @@ impl Edge {
             }
         };
         // Who does not send it is refused all the same.
-        let _ = timeout(DRAIN_LIMIT, all).await;
+        let _ = timeout_at(until.min(Instant::now() + DRAIN_LIMIT), all).await;
     }
 
     fn deny(&self, caller: &Caller, peer: &Peer, method: Method, fault: Fault) -> Response<Body> {
@@ -313,6 +330,11 @@ fn is_ours<B>(request: &Request<B>) -> bool {
 fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     matches!(kind.split(';').next().unwrap_or_default().trim_end(), "application/grpc" | "application/grpc+proto")
+}
+
+/// Its status is in its head: nothing comes after that.
+fn is_refusal(response: &Response<Body>) -> bool {
+    response.headers().contains_key("grpc-status")
 }
 
 fn refuse(fault: Fault) -> Response<Body> {

@@ -3,18 +3,14 @@
 
 use std::{
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Sleep, sleep},
-};
-use tonic::Status;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::{Status, body::Body};
 
 use super::fault::Fault;
 use crate::access::Caller;
@@ -30,19 +26,26 @@ pub(super) const ALL: usize = 64 << 20;
 pub(super) struct Weight {
     caller: Arc<Caller>,
     all: Arc<Semaphore>,
-    held: Arc<Mutex<Vec<OwnedSemaphorePermit>>>,
+    held: Arc<Mutex<Held>>,
 }
 
-/// How long the rest of what is too much may take: a call that is answered before would break its connection after many others.
-const REST_LIMIT: Duration = Duration::from_secs(1);
+#[derive(Default)]
+struct Held {
+    places: Vec<OwnedSemaphorePermit>,
+    /// Of a request that nobody has read to its end.
+    rest: Option<Body>,
+}
 
 /// The body of a request, which ends as OVERLOADED where it is too much for its caller or for all.
-pub(super) struct Weighed<B> {
-    body: B,
+pub(super) struct Weighed<B>
+where
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    /// There until it is dropped.
+    body: Option<B>,
     bytes: usize,
     weight: Weight,
-    /// Why it is too much, and until when its rest is read and thrown away.
-    refused: Option<(Fault, Pin<Box<Sleep>>)>,
 }
 
 impl Weight {
@@ -50,13 +53,19 @@ impl Weight {
         Self { caller, all, held: Arc::default() }
     }
 
-    pub(super) fn of<B>(&self, body: B) -> Weighed<B> {
-        Weighed { body, bytes: 0, weight: self.clone(), refused: None }
+    pub(super) fn of<B>(&self, body: B) -> Weighed<B>
+    where
+        B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        Weighed { body: Some(body), bytes: 0, weight: self.clone() }
     }
 
-    /// Nobody works at the request any more.
-    pub(super) fn clear(&self) {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    /// Nobody works at the request any more. What may still come of it.
+    pub(super) fn clear(&self) -> Option<Body> {
+        let mut held = self.held();
+        held.places.clear();
+        held.rest.take()
     }
 
     /// What is there as a whole.
@@ -71,58 +80,59 @@ impl Weight {
         let bytes = u32::try_from(bytes).map_err(|_| Fault::Overloaded)?;
         let of_caller = self.caller.begin_bytes(bytes);
         let of_all = self.all.clone().try_acquire_many_owned(bytes).ok();
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.extend([of_caller.ok_or(Fault::Overloaded)?, of_all.ok_or(Fault::Overloaded)?]);
+        self.held().places.extend([of_caller.ok_or(Fault::Overloaded)?, of_all.ok_or(Fault::Overloaded)?]);
         Ok(())
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<B> http_body::Body for Weighed<B>
 where
-    B: http_body::Body<Data = Bytes> + Unpin,
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     type Data = Bytes;
     type Error = Box<dyn std::error::Error + Send + Sync>;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        loop {
-            let polled = Pin::new(&mut self.body).poll_frame(cx);
-            if let Some((fault, limit)) = &mut self.refused {
-                let is_over = match polled {
-                    Poll::Ready(Some(Ok(_))) => continue,
-                    Poll::Ready(_) => true,
-                    Poll::Pending => limit.as_mut().poll(cx).is_ready(),
-                };
-                return if is_over {
-                    Poll::Ready(Some(Err(Status::from(fault.clone()).into())))
-                } else {
-                    Poll::Pending
-                };
-            }
-            let frame = ready!(polled);
-            if let Some(Ok(frame)) = &frame
-                && let Some(data) = frame.data_ref()
+        let Some(body) = &mut self.body else { return Poll::Ready(None) };
+        let frame = ready!(Pin::new(body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            let before = self.bytes.max(FREE);
+            self.bytes += data.len();
+            let more = self.bytes.saturating_sub(before);
+            if more > 0
+                && let Err(fault) = self.weight.add(more)
             {
-                let before = self.bytes.max(FREE);
-                self.bytes += data.len();
-                let more = self.bytes.saturating_sub(before);
-                if more > 0
-                    && let Err(fault) = self.weight.add(more)
-                {
-                    self.refused = Some((fault, Box::pin(sleep(REST_LIMIT))));
-                    continue;
-                }
+                return Poll::Ready(Some(Err(Status::from(fault).into())));
             }
-            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.as_ref().is_none_or(B::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.body.as_ref().map(B::size_hint).unwrap_or_default()
+    }
+}
+
+impl<B> Drop for Weighed<B>
+where
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    /// Whoever refuses the call reads on, or its client's connection would break after many of those.
+    fn drop(&mut self) {
+        if let Some(body) = self.body.take().filter(|body| !body.is_end_stream()) {
+            self.weight.held().rest = Some(Body::new(body));
+        }
     }
 }

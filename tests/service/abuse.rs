@@ -155,6 +155,32 @@ async fn refusals_do_not_break_a_connection() {
     }
 }
 
+/// The same of one that is told no by the first bytes of its message, of which the others come later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_that_are_refused_do_not_break_a_connection() {
+    let db = Db::sqlite();
+    let server = ChildServer::serve(&db.url(), &["--max-message-bytes", "1024"]).await;
+    let get = head("GetRole");
+    // Longer than it may be, and packed though it does not say how.
+    for (begin, rest) in [([0, 0, 0, 4, 1], 1_025), ([1, 0, 0, 0, 100], 100)] {
+        let mut connection = begun(server.address).await;
+        for round in 0..30 {
+            let streams = round * 100..(round + 1) * 100;
+            let begins: Vec<u8> = streams
+                .clone()
+                .flat_map(|n| {
+                    [frame(HEADERS, END_HEADERS, stream(n), &get), frame(DATA, 0, stream(n), &begin)].concat()
+                })
+                .collect();
+            connection.write_all(&begins).await.unwrap();
+            assert!(has_read(&mut connection).await, "{round}: it is cut");
+            let rests: Vec<u8> = streams.flat_map(|n| frame(DATA, END_STREAM, stream(n), &vec![0; rest])).collect();
+            connection.write_all(&rests).await.unwrap();
+            assert!(has_read(&mut connection).await, "{round}: it is cut");
+        }
+    }
+}
+
 /// Streams of health that anybody may begin, each with as many headers as one may have, and no request after them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_heads_and_nothing_after_them() {
