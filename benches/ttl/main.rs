@@ -2,6 +2,8 @@
 //! is simulated. Prints what came of each day, as JSON; `scripts/compare-ttl` makes a document of it.
 #![allow(clippy::unwrap_used, unreachable_pub, reason = "a bench")]
 
+#[path = "../support/heart.rs"]
+mod heart;
 mod ours;
 mod trace;
 mod ttl;

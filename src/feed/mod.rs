@@ -4,7 +4,7 @@
 //! so that a watcher that does not read costs its place, and where it is behind the ring a small page, and no more.
 
 mod audit;
-mod ring;
+pub mod ring;
 mod tailer;
 
 use std::{

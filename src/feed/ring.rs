@@ -7,7 +7,7 @@ use std::{collections::VecDeque, mem::size_of, sync::Arc};
 use crate::role::{Anchor, Change, Commit, RoleName};
 
 /// A run of the log without a gap. Commits are whole, or stand for one that is read from the store.
-pub(super) struct Ring {
+pub struct Ring {
     commits: VecDeque<Arc<Commit>>,
     /// Of the commit before the first that is here.
     floor: Anchor,
@@ -17,7 +17,7 @@ pub(super) struct Ring {
 
 /// What the ring knows about what follows a revision.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Lookup {
+pub enum Lookup {
     Next(Arc<Commit>),
     /// Nothing: it is the newest, or past it.
     UpToDate,
@@ -29,13 +29,13 @@ pub(super) enum Lookup {
 
 impl Ring {
     /// An empty ring that starts after `floor` and keeps at most `bound` bytes of commits, but always the newest.
-    pub(super) fn new(floor: Anchor, bound: usize) -> Self {
+    pub fn new(floor: Anchor, bound: usize) -> Self {
         Self { commits: VecDeque::new(), floor, bytes: 0, bound }
     }
 
     /// # Panics
     /// If the commit is not newer than the newest.
-    pub(super) fn append(&mut self, commit: Arc<Commit>) {
+    pub fn append(&mut self, commit: Arc<Commit>) {
         let newest = self.commits.back().map_or(self.floor.revision, |newest| newest.revision);
         assert!(commit.revision > newest, "{} follows {newest} in the ring", commit.revision);
         self.bytes += bytes(&commit);
@@ -49,7 +49,7 @@ impl Ring {
     }
 
     /// The first commit after `anchor`, which is a commit of the store's.
-    pub(super) fn after(&self, anchor: Anchor) -> Lookup {
+    pub fn after(&self, anchor: Anchor) -> Lookup {
         if anchor.revision < self.floor.revision {
             return Lookup::Behind;
         }
