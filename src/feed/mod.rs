@@ -17,7 +17,7 @@ use std::{
 use tokio::{
     sync::{Semaphore, watch},
     task::consume_budget,
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -87,6 +87,11 @@ pub struct Cursor {
     /// A page on its way. In a task of its own: a watcher that is not polled, because its client does not read, would
     /// keep its turn and its connection for ever.
     paging: Option<AbortOnDropHandle<Result<(Page, Revision), LogError>>>,
+    /// Before then the store is not asked again. Kept here, as what follows is: whoever waits in [`Cursor::next`] may be interrupted
+    /// more often than that.
+    page_again: Option<Instant>,
+    /// Until when it is waited that this replica follows the new history.
+    end_by: Option<Instant>,
 }
 
 /// Why a watch cannot go on.
@@ -124,6 +129,8 @@ impl Feed {
             paged: VecDeque::new(),
             paged_to: None,
             paging: None,
+            page_again: None,
+            end_by: None,
         }
     }
 
@@ -201,8 +208,8 @@ impl Cursor {
                     self.position = commit.anchor().into();
                     return Ok(commit);
                 }
-                Lookup::Next(_) => self.paging = Some(self.page()),
-                Lookup::Behind if self.seen().revision < applied => self.paging = Some(self.page()),
+                Lookup::Next(_) => self.start_paging().await,
+                Lookup::Behind if self.seen().revision < applied => self.start_paging().await,
                 Lookup::Behind | Lookup::UpToDate => self.moved().await?,
                 Lookup::Foreign => return Err(self.history_changed().await),
             }
@@ -221,8 +228,17 @@ impl Cursor {
     async fn history_changed(&mut self) -> CursorError {
         self.feed.shared.step.nudge();
         let history = self.history;
-        let _ = timeout(HISTORY_LIMIT, self.places.wait_for(|place| place.history > history)).await;
+        let end_by = *self.end_by.get_or_insert_with(|| Instant::now() + HISTORY_LIMIT);
+        let _ = timeout_at(end_by, self.places.wait_for(|place| place.history > history)).await;
         CursorError::HistoryChanged { last: self.seen() }
+    }
+
+    async fn start_paging(&mut self) {
+        if let Some(again) = self.page_again {
+            sleep_until(again).await;
+            self.page_again = None;
+        }
+        self.paging = Some(self.page());
     }
 
     /// The next page of the log, and what was applied before it was read.
@@ -245,7 +261,7 @@ impl Cursor {
             Ok(page) => page,
             Err(LogError::Store(StoreError::Unreachable(cause))) => {
                 tracing::debug!(%cause, "a watcher asks the store for the log again");
-                sleep(PAGER_RETRY).await;
+                self.page_again = Some(Instant::now() + PAGER_RETRY);
                 return Ok(());
             }
             Err(LogError::Store(error)) => return Err(CursorError::Broken(error)),

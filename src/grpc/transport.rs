@@ -197,7 +197,8 @@ where
     let served = peer.clone();
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let (edge, peer) = (edge.clone(), served.clone());
-        async move { Ok::<_, Infallible>(edge.call(request, &peer).await) }
+        // Boxed: hyper and tokio move what they are given from one place to the next.
+        Box::pin(async move { Ok::<_, Infallible>(edge.call(request, &peer).await) })
     });
     let mut http2 = http2::Builder::new(TokioExecutor::new());
     http2

@@ -27,9 +27,10 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// Nobody waits for it any more, and it is known not to have happened.
+    /// Nobody waits for it any more. One that is in doubt is not sent again either: that finds out for its caller what became of
+    /// it, and may do it after all, later than what somebody else has done since. Who comes back with its request id finds out as well.
     pub(super) fn is_abandoned(&self) -> bool {
-        !self.is_in_doubt() && self.answer.is_closed()
+        self.answer.is_closed()
     }
 
     /// Whether it is still wanted; from then on its caller cannot withdraw it.

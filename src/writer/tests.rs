@@ -74,13 +74,13 @@ fn who_is_held_keeps_those_behind_back() {
 }
 
 #[test]
-fn a_call_that_nobody_waits_for_is_not_sent_unless_it_may_have_happened() {
-    let ((unsent, gone), (doubted, gone_too)) = (set(1), in_doubt(set(2)));
+fn a_call_that_nobody_waits_for_is_not_sent_even_if_it_may_have_happened() {
+    let ((unsent, gone), (doubted, gone_too), (wanted, _outcome)) = (set(1), in_doubt(set(2)), in_doubt(set(3)));
     drop((gone, gone_too));
-    let mut line = Line([unsent, doubted].into());
+    let mut line = Line([unsent, doubted, wanted].into());
     let group = line.take_group(&Taken::default());
     assert_eq!(group.len(), 1);
-    assert_eq!(group[0].call.users().next(), Some(UserId(2)));
+    assert_eq!(group[0].call.users().next(), Some(UserId(3)));
     assert!(line.0.is_empty());
 }
 

@@ -38,6 +38,7 @@ on_both! {
     a_revision_that_is_not_there_yet,
     a_token_of_another_history,
     a_history_that_changes_under_a_watch,
+    a_history_that_changes_between_frequent_heartbeats,
     a_log_that_is_trimmed,
     a_table_that_refuses_a_write,
     calls_over_the_limit,
@@ -356,7 +357,30 @@ async fn a_history_that_changes_under_a_watch(db: Db) {
     server.set(1, "admin").await;
     server.set(2, "admin").await;
     let mut watch = server.watch(WatchRoleChangesRequest::default()).await;
-    // A backup from before the last commit.
+    lose_the_last_commit(&db);
+    let history = expected(Code::DataLoss, "HISTORY_CHANGED").with(&[("store_id", "*"), ("revision", "*")]);
+    history.is(&watch.until_end().await);
+    assert_eq!(server.get(1).await.role, "admin", "reads go on from a new cache");
+}
+
+/// The server cannot follow the new history, and is interrupted again and again while it waits for that.
+async fn a_history_that_changes_between_frequent_heartbeats(db: Db) {
+    let gates = Gates::default();
+    let server = Setup::new(&db).wrap(gates.guard()).serve().await;
+    server.set(1, "admin").await;
+    let heartbeat_interval = Some(prost_types::Duration { seconds: 0, nanos: 100_000_000 });
+    let mut watch = server.watch(WatchRoleChangesRequest { heartbeat_interval, ..Default::default() }).await;
+    gates.head.close();
+    lose_the_last_commit(&db);
+    gates.head.arrived().await;
+    expected(Code::DataLoss, "HISTORY_CHANGED")
+        .with(&[("store_id", "*"), ("revision", "*")])
+        .is(&watch.until_end().await);
+    gates.head.open();
+}
+
+/// A backup from before it.
+fn lose_the_last_commit(db: &Db) {
     match db {
         Db::Postgres { .. } => db.sql(
             "begin; delete from rolecache.changes where commit_id = (select max(id) from rolecache.commits);
@@ -367,9 +391,6 @@ async fn a_history_that_changes_under_a_watch(db: Db) {
              delete from rolecache_commits where id = (select max(id) from rolecache_commits); commit",
         ),
     };
-    let history = expected(Code::DataLoss, "HISTORY_CHANGED").with(&[("store_id", "*"), ("revision", "*")]);
-    history.is(&watch.until_end().await);
-    assert_eq!(server.get(1).await.role, "admin", "reads go on from a new cache");
 }
 
 async fn a_log_that_is_trimmed(db: Db) {

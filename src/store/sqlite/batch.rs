@@ -49,7 +49,14 @@ pub(super) async fn write(live: &Live, facts: &Facts, calls: &[Call]) -> Vec<Ans
         match (attempt(live, facts, part).await, part) {
             (Ok(answered), _) => answers.extend(answered),
             (Err(_), []) => {}
-            (Err(Failed::All(error)), _) => answers.extend(part.iter().map(|_| Err(error.clone()))),
+            (Err(Failed::All(error)), _) => {
+                answers.extend(part.iter().map(|_| Err(error.clone())));
+                if let Some(error) = of_the_unsent(error) {
+                    // They would find the same, one after the other, and wait for longer than their callers do.
+                    answers.resize_with(calls.len(), || Err(error.clone()));
+                    break;
+                }
+            }
             (Err(Failed::Guilty(refusal)), [_]) => answers.push(Err(WriteError::Refused(refusal))),
             (Err(Failed::Guilty(_)), _) => {
                 let (first, second) = part.split_at(part.len() / 2);
@@ -58,6 +65,15 @@ pub(super) async fn write(live: &Live, facts: &Facts, calls: &[Call]) -> Vec<Ans
         }
     }
     answers
+}
+
+/// What it is for the calls that have not been sent, where it is no matter of those that have.
+fn of_the_unsent(error: WriteError) -> Option<WriteError> {
+    match error {
+        WriteError::Unreachable(cause) | WriteError::OutcomeUnknown(cause) => Some(WriteError::Unreachable(cause)),
+        WriteError::AllHeld => Some(WriteError::AllHeld),
+        _ => None,
+    }
 }
 
 async fn attempt(live: &Live, facts: &Facts, calls: &[Call]) -> Result<Vec<Answer>, Failed> {
