@@ -126,6 +126,16 @@ impl Outcome {
         (self.fired < wanted && weak * WEAK_SHARE <= wanted).then_some(self.fired + weak)
     }
 
+    /// Of two parts of a campaign.
+    pub fn and(mut self, other: Self) -> Self {
+        self.fired += other.fired;
+        self.weak.extend(other.weak);
+        self.hollow.extend(other.hollow);
+        self.violations.extend(other.violations);
+        self.figures.extend(other.figures);
+        self
+    }
+
     pub fn violated(&mut self, found: impl IntoIterator<Item = String>) {
         self.violations.extend(found);
     }

@@ -320,7 +320,8 @@ pub fn answers_follow(reads: &[Read], [before, after]: [&Log; 2], stops: Duratio
 /// *Prefix* and *own write*: what one process answers never goes back behind what it had answered before.
 pub fn revisions_never_go_back(reads: &[Read], writes: &[Write]) -> Vec<String> {
     let mut told: HashMap<Process, Vec<(Duration, i64)>> = HashMap::new();
-    let fresh = |read: &&Read| read.answer.as_ref().is_ok_and(|answer| !answer.stale);
+    let fresh =
+        |read: &&Read| read.process != Process::NEITHER && read.answer.as_ref().is_ok_and(|answer| !answer.stale);
     for read in reads.iter().filter(fresh) {
         told.entry(read.process).or_default().push((read.ended, read.answer.as_ref().unwrap().revision));
     }

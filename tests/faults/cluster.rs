@@ -81,6 +81,8 @@ const MISMATCH: &str = "the cache has another role than the store";
 
 /// What it logs at the end of each.
 const COMPARED: &str = "the cache was compared with the store";
+/// With whom it then says that it compared.
+const NOBODY: &str = "\"users\":0";
 
 /// A PostgreSQL of its own, to be broken.
 pub async fn postgres() -> (Postgres, String) {
@@ -149,12 +151,18 @@ impl Cluster {
 
     /// Whether some of them say so.
     pub fn compares(&self) -> bool {
-        self.replicas.iter().any(|replica| replica.args.iter().any(|arg| arg == COMPARISONS_TOLD))
+        self.replicas.iter().any(Replica::compares)
     }
 
-    /// How often they looked, of those that say so.
-    pub fn comparisons(&self) -> usize {
-        self.checks().iter().filter(|line| line.contains(COMPARED)).count()
+    /// How often they looked at some user, each of those that say so.
+    pub fn comparisons(&self) -> Vec<usize> {
+        let checks = self.checks();
+        let of = |replica: &Replica| {
+            let own = format!("replica {}: ", replica.number);
+            let is_own = |line: &&String| line.starts_with(&own) && line.contains(COMPARED) && !line.contains(NOBODY);
+            checks.iter().filter(is_own).count()
+        };
+        self.replicas.iter().filter(|replica| replica.compares()).map(of).collect()
     }
 
     fn checks(&self) -> Vec<String> {
@@ -285,6 +293,10 @@ impl Replica {
 
     pub fn logged(&self, text: &str) -> bool {
         self.with(|server| server.logged(text))
+    }
+
+    fn compares(&self) -> bool {
+        self.args.iter().any(|arg| arg == COMPARISONS_TOLD)
     }
 
     pub fn memory(&self, figure: &str) -> f64 {

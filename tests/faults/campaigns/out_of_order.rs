@@ -112,7 +112,9 @@ async fn run(mut rounds: Rounds) -> Outcome {
     traffic.settle(&mut outcome).await;
     outcome.violated(pairs.iter_mut().flat_map(|pair| std::mem::take(&mut pair.errors)));
     let sum = |of: fn(&Pair) -> u64| pairs.iter().map(of).sum::<u64>();
-    outcome.figure("others who committed at the same moment", sum(|pair| pair.at_once));
+    let at_once = sum(|pair| pair.at_once);
+    outcome.proves_nothing((at_once == 0).then(|| "nobody committed at the same moment".to_owned()));
+    outcome.figure("others who committed at the same moment", at_once);
     outcome.figure("others of whom one rolled back", sum(|pair| pair.rolled_back));
     outcome
 }

@@ -72,7 +72,9 @@ async fn run(mut rounds: Rounds) -> Outcome {
     traffic.settle(&mut outcome).await;
     let writes = history.writes.lock().unwrap();
     let met = kills.iter().filter(|kill| writes.iter().any(|write| write.begun < **kill && **kill < write.ended));
-    outcome.figure("kills that met a write on its way", format!("{} of {}", met.count(), kills.len()));
+    let met = met.count();
+    outcome.proves_nothing((met == 0).then(|| "no kill met a write on its way".to_owned()));
+    outcome.figure("kills that met a write on its way", format!("{met} of {}", kills.len()));
     outcome.times("a write committed and read again after", back);
     outcome
 }

@@ -44,15 +44,26 @@ pub fn campaigns() -> Vec<Campaign> {
         must_hold: "nothing older than two seconds is answered as truth",
         short: 6,
         nightly: 120,
-        body: |rounds| run(rounds).boxed(),
+        body: |rounds| both(rounds).boxed(),
     }]
 }
 
-async fn run(mut rounds: Rounds) -> Outcome {
+/// Half of the rounds with either cache.
+async fn both(mut rounds: Rounds) -> Outcome {
+    let half = rounds.count / 2;
+    let first = run(Rounds { count: rounds.count - half, random: rounds.random.fork() }, MIXED).await;
+    if half == 0 {
+        return first;
+    }
+    let swapped = &[MIXED[1], MIXED[0]];
+    first.and(run(Rounds { count: half, random: rounds.random }, swapped).await)
+}
+
+/// The one that is cut off is the first of them.
+async fn run(mut rounds: Rounds, each: &[&[&str]]) -> Outcome {
     let mut outcome = Outcome::default();
     let (_postgres, url) = postgres().await;
-    let cluster =
-        Arc::new(Cluster::start(&url, Plan { replicas: 2, each: MIXED, proxied: true, ..Plan::default() }).await);
+    let cluster = Arc::new(Cluster::start(&url, Plan { replicas: 2, each, proxied: true, ..Plan::default() }).await);
     // Few users: each changes often enough that an old answer is a wrong one.
     let load = Load { users: 12, excuses: checker::STORE_BROKEN, excused: Some(0), ..Load::default() };
     let traffic = Traffic::start(&cluster, load, &mut rounds.random);

@@ -126,7 +126,10 @@ async fn stop_and_go_on(
     while left.load(Ordering::Relaxed) > 0 {
         let replica = &cluster.replicas[random.usize(..cluster.replicas.len())];
         let process = replica.process();
-        if watcher.open(&mut replica.client()).await.is_err() {
+        if let Err(status) = watcher.open(&mut replica.client()).await {
+            if replica.is_still(process) {
+                counts.strange.lock().unwrap().push(format!("a replica that was well opened no watch: {status}"));
+            }
             sleep(Duration::from_millis(random.u64(1..20))).await;
             continue;
         }

@@ -3,9 +3,10 @@
 use std::{collections::BTreeMap, os::unix::process::ExitStatusExt, sync::Arc, time::Duration};
 
 use futures::FutureExt;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::{
+    asking::until_serving,
     campaign::{Campaign, Outcome, Rounds},
     cluster::{Cluster, MIXED, Plan, RECOVERY, postgres},
     traffic::{Load, Traffic},
@@ -79,15 +80,18 @@ pub(super) async fn kill(mut rounds: Rounds, cluster: &Arc<Cluster>) -> Outcome 
                 *met.entry(moment.unwrap_or("anywhere")).or_insert(0) += 1;
             }
         }
+        let started = Instant::now();
         victim.start().await;
-        let after = victim.until_in_step().await;
+        let serving = until_serving(cluster, victim.number, &traffic.history, rounds.random.fork()).await;
+        outcome.violated(serving.err().map(|why| format!("kill {round}: {why}")));
+        let after = started.elapsed();
         if after > RECOVERY {
-            outcome.violated([format!("kill {round}: serving only {after:?} after it was ready")]);
+            outcome.violated([format!("kill {round}: serving only {after:?} after it was started")]);
         }
         back.push(after);
     }
     traffic.settle(&mut outcome).await;
     outcome.figure("died at", format!("{met:?}"));
-    outcome.times("in step after it was ready", back);
+    outcome.times("a write committed and read again after the start", back);
     outcome
 }

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use rolecache::proto::v1::{GetRoleRequest, Source};
-use tokio::{task::spawn_blocking, time::sleep};
+use tokio::{
+    task::{JoinSet, spawn_blocking},
+    time::{Instant, sleep},
+};
 
 use crate::{
     asking::until_serving,
@@ -15,7 +18,7 @@ use crate::{
     history::{Answer, History, Told, Write},
     sessions::Sessions,
     support::postgres::{Postgres, Session},
-    traffic::{Load, Traffic},
+    traffic::{Load, Traffic, reason},
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,6 +49,9 @@ const NOTHING: &str = "nothing to do";
 
 /// How long a cached read may take: half a second for a proof that does not come, and the rest.
 const READ_ANSWERS: Duration = Duration::from_secs(1);
+
+/// How long a read may take that has to ask the store.
+const COLD_LIMIT: Duration = Duration::from_secs(6);
 
 /// How long a write may take that was on its way: what became of it is looked for.
 const ON_THEIR_WAY: Duration = Duration::from_secs(12);
@@ -113,12 +119,16 @@ async fn run(
         let holds = traffic.history.now();
         traffic.write_now(WRITERS, load, &mut rounds.random);
         // They take what sessions fills may have; what reads the log has its own.
+        let mut cold = JoinSet::new();
         if matches!(fault, Fault::AllLocked | Fault::TableLocked) {
-            ask_cold(&cluster, &mut rounds.random);
+            ask_cold(&cluster, &mut rounds.random, &mut cold);
         }
         sleep(lasts).await;
         let ends = traffic.history.now();
         end(fault, &postgres, hold).await;
+        while let Some(found) = cold.join_next().await {
+            outcome.violated(found.expect("a caller does not panic"));
+        }
         for (replica, number) in cluster.replicas.iter().zip(0..) {
             met.back.push(replica.until_in_step().await);
             // Its writer too.
@@ -182,12 +192,21 @@ async fn end(fault: Fault, postgres: &Arc<Postgres>, hold: Hold) {
     ended.await.unwrap();
 }
 
-/// Asks for nobody in particular, and does not wait for answers.
-fn ask_cold(cluster: &Cluster, random: &mut fastrand::Rng) {
+/// Asks for users whom nobody has heard of; each says what is wrong with its answer.
+fn ask_cold(cluster: &Cluster, random: &mut fastrand::Rng, asking: &mut JoinSet<Option<String>>) {
     for replica in &cluster.replicas {
         for _ in 0..COLD {
             let (mut client, user_id) = (replica.client(), random.i64(1_000_000..));
-            tokio::spawn(async move { client.get_role(GetRoleRequest { user_id, ..Default::default() }).await });
+            asking.spawn(async move {
+                let begun = Instant::now();
+                let answer = client.get_role(GetRoleRequest { user_id, ..Default::default() }).await;
+                let is_right = match &answer {
+                    Ok(answer) => answer.get_ref().role == "user",
+                    Err(status) => ["STORE_UNREACHABLE", "OVERLOADED"].contains(&reason(status).as_str()),
+                };
+                let took = begun.elapsed();
+                (!is_right || took > COLD_LIMIT).then(|| format!("a cold read took {took:.1?}: {answer:?}"))
+            });
         }
     }
 }

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 
 use super::{Caller, reason};
-use crate::history::{Answer, Read};
+use crate::history::{Answer, Process, Read};
 
 /// One in so many reads is of `TOGETHER` users at once.
 const BATCHES: u8 = 8;
@@ -28,9 +28,11 @@ pub(super) async fn read(mut caller: Caller, stop: CancellationToken) {
             [user] => one(client, *user, min_revision).await,
             users => several(client, users, min_revision).await,
         };
-        if caller.process(replica) != process {
-            continue;
-        }
+        // Asked of one process and, for all that is known, answered by the next: by neither. An error is told of the one that was asked.
+        let process = match answer {
+            Ok(_) if caller.process(replica) != process => Process::NEITHER,
+            _ => process,
+        };
         let ended = caller.history.now();
         let told = |user, answer| Read { user, process, begun, ended, min_revision, answer };
         let reads = match answer {
