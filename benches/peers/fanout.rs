@@ -26,6 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Fanout {
     pub(crate) address: SocketAddr,
+    pub(crate) publish_at: SocketAddr,
     /// Of which so many never read.
     pub(crate) subscribers: usize,
     pub(crate) stuck: usize,
@@ -66,7 +67,7 @@ impl Fanout {
         publish: impl FnOnce() -> Box<dyn Protocol> + Send,
     ) -> Result<Value, Broken> {
         self.beside(subscriptions, |board| {
-            let mut publisher = Publisher::open(self.address, publish())?;
+            let mut publisher = Publisher::open(self.publish_at, publish())?;
             self.publish(&mut publisher, board)
         })
     }

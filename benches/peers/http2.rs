@@ -20,6 +20,9 @@ const END_STREAM: u8 = 1;
 const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
 
+/// What every server takes.
+const LARGEST_FRAME: usize = 16_384;
+
 /// What all streams of a connection may bring before it is told that more may come, and when that is told.
 const WINDOW: u32 = (1 << 31) - 1;
 const FIRST_WINDOW: u32 = 65_535;
@@ -82,12 +85,16 @@ impl Http2 {
         let block = self.headers(stream == 1);
         head(out, block.len(), HEADERS, END_HEADERS, stream);
         out.extend_from_slice(&block);
-        let length = message.len() + 5;
-        self.sendable -= length as i64;
-        head(out, length, DATA, if goes_on { 0 } else { END_STREAM }, stream);
-        out.push(0);
-        out.extend_from_slice(&(message.len() as u32).to_be_bytes());
-        out.extend_from_slice(message);
+        let mut body = vec![0];
+        body.extend_from_slice(&(message.len() as u32).to_be_bytes());
+        body.extend_from_slice(message);
+        self.sendable -= body.len() as i64;
+        let mut left = body.len();
+        for part in body.chunks(LARGEST_FRAME) {
+            left -= part.len();
+            head(out, part.len(), DATA, if left > 0 || goes_on { 0 } else { END_STREAM }, stream);
+            out.extend_from_slice(part);
+        }
         stream
     }
 

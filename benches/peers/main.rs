@@ -115,6 +115,9 @@ struct FanoutArgs {
     target: Target,
     #[arg(long, default_value_t = 10_000)]
     subscribers: usize,
+    /// Another server, through which the changes come
+    #[arg(long)]
+    publish_at: Option<SocketAddr>,
     /// Over which they are spread; of Redis each has its own
     #[arg(long, default_value_t = 100)]
     connections: usize,
@@ -202,8 +205,10 @@ impl FanoutArgs {
     fn run(self) -> Result<Value, Broken> {
         let Target { address, first, .. } = self.target;
         let subscriptions = self.subscriptions();
+        let publish_at = self.publish_at.unwrap_or(address);
         let fanout = Fanout {
             address,
+            publish_at,
             subscribers: self.subscribers,
             stuck: self.stuck,
             times: if self.hold { 0 } else { self.times },
@@ -216,7 +221,7 @@ impl FanoutArgs {
         }
         let count = (self.times * self.burst) as u64;
         let writes = Writes { first, count, connection: 0, connections: 1, done: 0 };
-        let (feed, authority) = (self.feed, address.to_string());
+        let (feed, authority) = (self.feed, publish_at.to_string());
         fanout.run(subscriptions, move || match feed {
             Feed::Rolecache => Box::new(Unary::new(authority, rolecache::SetRole(writes))),
             Feed::Redis => Box::new(redis::Redis::new(redis::Command::Publish(writes))),
