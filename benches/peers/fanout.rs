@@ -33,6 +33,8 @@ pub(crate) struct Fanout {
     /// So often, so many changes at once.
     pub(crate) times: usize,
     pub(crate) burst: usize,
+    /// Each once the one before is answered, instead of all at once.
+    pub(crate) in_a_row: bool,
     /// From one time to the next, or longer where not all have been told by then.
     pub(crate) interval: Duration,
     pub(crate) servers: Servers,
@@ -120,8 +122,15 @@ impl Fanout {
         for time in 0..self.times {
             thread::sleep((begun + self.interval * time as u32).saturating_duration_since(Instant::now()));
             let asked = Instant::now();
-            let answered = publisher.publish(self.burst)?;
-            answered.iter().for_each(|at| answer.count(*at - asked));
+            let mut answered = asked;
+            let (calls, at_once) = if self.in_a_row { (self.burst, 1) } else { (1, self.burst) };
+            for _ in 0..calls {
+                let begun = Instant::now();
+                for at in publisher.publish(at_once)? {
+                    answer.count(at - begun);
+                    answered = at;
+                }
+            }
             let changes = time * self.burst..(time + 1) * self.burst;
             let is_told = |state: &State| state.told[changes.clone()].iter().all(|it| it.count >= expected);
             board.wait(is_told)?;
@@ -132,7 +141,7 @@ impl Fanout {
             }
             if let Some(at) = told.iter().filter_map(|it| it.last).max() {
                 all.count(at - asked);
-                after.count(at.saturating_duration_since(answered.into_iter().max().unwrap_or(asked)));
+                after.count(at.saturating_duration_since(answered));
             }
         }
         let took = begun.elapsed();

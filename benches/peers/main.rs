@@ -54,7 +54,7 @@ enum Command {
     Fill {
         #[command(flatten)]
         target: Target,
-        #[arg(long, default_value_t = 10_000)]
+        #[arg(long, default_value_t = 1_000)]
         batch: usize,
     },
 }
@@ -128,6 +128,9 @@ struct FanoutArgs {
     times: usize,
     #[arg(long, default_value_t = 1)]
     burst: usize,
+    /// The changes of one time are not asked for at once, but each when the one before is answered
+    #[arg(long)]
+    in_a_row: bool,
     /// Milliseconds
     #[arg(long, default_value_t = 0)]
     interval: u64,
@@ -213,6 +216,7 @@ impl FanoutArgs {
             stuck: self.stuck,
             times: if self.hold { 0 } else { self.times },
             burst: self.burst,
+            in_a_row: self.in_a_row,
             interval: Duration::from_millis(self.interval),
             servers: Servers(self.target.servers),
         };

@@ -84,12 +84,14 @@ def figures(rows):
                 calls.append((who, shape(told), f"{median_of(rounds, side, 'perSecond'):,.0f}", *latencies(rounds, side),
                               f"{median_of(rounds, side, 'serverCpu'):.2f}"))
             elif "all" in told:
-                shown = [f"{median_of(rounds, side, moment, 'p50') / 1000:.2f}" for moment in ["answer", "first", "all"]]
-                changes.append((who, f"{told['subscribers']:,}, {told['stuck']:,} of them stuck", told["burst"], *shown,
-                                f"{median_of(rounds, side, 'serverCpu'):.2f}"))
+                moments = ["answer", "first", "all"] if told["deliveries"] else ["answer"]
+                shown = [f"{median_of(rounds, side, moment, 'p50') / 1000:.2f}" for moment in moments]
+                shown += [f"{median_of(rounds, side, 'serverCpu'):.2f}"] if told["deliveries"] else [""] * 3
+                watchers = f"{told['subscribers']:,}" + (f", {told['stuck']:,} of them stuck" if told["stuck"] else "")
+                changes.append((who, watchers, told["burst"], *shown))
     text = "### Behind the ratios\n\nMedians of all rounds. Times are in milliseconds, processor in microseconds for each.\n\n"
     text += table(["Row", "Connections x in flight", "Calls/s", "p50", "p99", "p99.9", "most", "Processor"], *calls)
-    text += table(["Row", "Watchers", "Changes at once", "p50 answer", "p50 first told", "p50 all told",
+    text += table(["Row", "Watchers", "Changes", "p50 answer", "p50 first told", "p50 all told",
                    "Processor, for each delivery"], *changes)
     return text
 

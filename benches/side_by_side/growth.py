@@ -43,8 +43,8 @@ def by_watchers(bench):
             times = bench.few(50)
             points.append({
                 "x": watchers,
-                "rolecache": watches.fanout(bench, "rolecache", server, watchers, times),
-                "redis": watches.fanout(bench, "redis", redis, watchers, times),
+                "rolecache": watches.fanout(bench, "rolecache", server, watchers, times, 1, *watches.ALONE),
+                "redis": watches.fanout(bench, "redis", redis, watchers, times, 1, *watches.ALONE),
                 "ten": watches.fanout(bench, "rolecache", server, watchers, max(3, times // 5), 10),
             })
     return points
@@ -97,7 +97,7 @@ def by_replicas(bench):
             told = bench.load("set", replicas[0], 4, SHARED, *of_step, pids=pids, core=None)
             watched = bench.peer(
                 "fanout", "rolecache", "--address", replicas[-1].address, "--publish-at", replicas[0].address,
-                "--subscribers", 1, "--connections", 1, "--times", bench.few(200), "--interval", 5,
+                "--subscribers", 1, "--connections", 1, "--times", bench.few(100), *watches.ALONE,
                 "--first", 1 + (2 * count - 1) * users, core=None,
             )
             points.append({"x": count, "set": told, "watch": watched})

@@ -35,9 +35,11 @@ def panels(points, label, *titles, scale="log"):
     return figure, axes, [point["x"] for point in points]
 
 
-def line(axis, x, y, label=None):
+def line(axis, x, y, label=None, scale="linear"):
     axis.plot(x, y, marker="o", markersize=3, label=label)
-    axis.set_ylim(bottom=0)
+    axis.set_yscale(scale)
+    if scale == "linear":
+        axis.set_ylim(bottom=0)
     if label:
         axis.legend(fontsize=8)
 
@@ -57,21 +59,16 @@ def users(points):
     )
     line(calls, x, of(points, "get", "perSecond"))
     line(cost, x, of(points, "get", "serverCpu"))
-    line(memory, x, [held / 2**20 for held in of(points, "residentBytes")])
-    memory.set_yscale("symlog", linthresh=1)
+    line(memory, x, [held / 2**20 for held in of(points, "residentBytes")], scale="log")
     return figure
 
 
 def watchers(points):
     figure, (time, cost), x = panels(points, "watchers", "until all have one change, ms", "processor, us per delivery")
     for peer in ["rolecache", "redis"]:
-        line(time, x, [p50 / 1000 for p50 in of(points, peer, "all", "p50")], peer)
-        line(cost, x, of(points, peer, "serverCpu"), peer)
-    line(cost, x, of(points, "ten", "serverCpu"), "rolecache, ten at once")
-    time.set_yscale("log")
-    time.set_ylim(bottom=None)
-    cost.set_yscale("log")
-    cost.set_ylim(bottom=None)
+        line(time, x, [p50 / 1000 for p50 in of(points, peer, "all", "p50")], peer, "log")
+        line(cost, x, of(points, peer, "serverCpu"), peer, "log")
+    line(cost, x, of(points, "ten", "serverCpu"), "rolecache, ten at once", "log")
     return figure
 
 
