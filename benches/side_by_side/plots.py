@@ -18,6 +18,9 @@ def draw(growth, directory):
         if not isinstance(points, list):
             continue
         figure = PLOTS[name](points)
+        for axis in figure.axes:
+            if axis.get_yscale() == "linear":
+                axis.set_ylim(bottom=0)
         figure.tight_layout()
         figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
         pyplot.close(figure)
@@ -38,8 +41,6 @@ def panels(points, label, *titles, scale="log"):
 def line(axis, x, y, label=None, scale="linear"):
     axis.plot(x, y, marker="o", markersize=3, label=label)
     axis.set_yscale(scale)
-    if scale == "linear":
-        axis.set_ylim(bottom=0)
     if label:
         axis.legend(fontsize=8)
 
@@ -51,6 +52,12 @@ def of(points, *path):
             value = value[key]
         values.append(value)
     return values
+
+
+def of_processor(points, side):
+    """Without what is too little for the system's clock of a hundredth of a second."""
+    told = [point[side] for point in points]
+    return [one["serverCpu"] if one["serverBusy"] * one["seconds"] >= 0.1 else None for one in told]
 
 
 def users(points):
@@ -67,8 +74,8 @@ def watchers(points):
     figure, (time, cost), x = panels(points, "watchers", "until all have one change, ms", "processor, us per delivery")
     for peer in ["rolecache", "redis"]:
         line(time, x, [p50 / 1000 for p50 in of(points, peer, "all", "p50")], peer, "log")
-        line(cost, x, of(points, peer, "serverCpu"), peer, "log")
-    line(cost, x, of(points, "ten", "serverCpu"), "rolecache, ten at once", "log")
+        line(cost, x, of_processor(points, peer), peer, "log")
+    line(cost, x, of_processor(points, "ten"), "rolecache, ten at once", "log")
     return figure
 
 
