@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -91,6 +92,8 @@ def measure(bench, what, name, of):
 
 def main():
     asked = arguments()
+    # So that whoever ends it ends what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     place = ROOT / "target" / "bench" if asked.quick else ROOT / "docs"
     place.mkdir(parents=True, exist_ok=True)
     file = place / FILE
@@ -109,6 +112,7 @@ def main():
             wanted = [row for row in ROWS if not asked.rows or row.name in asked.rows]
             for row in wanted:
                 results["rows"][row.name] = measure(bench, row.what, row.name, row.measure)
+                results["rows"][row.name]["commit"] = results["versions"]["commit"]
                 file.write_text(json.dumps(results, indent=1))
             for name, of in GROWTH.items():
                 if not asked.rows or f"growth-{name}" in asked.rows:

@@ -65,6 +65,9 @@ def goals(results):
             goal = row.bound(row.goal) + (f"; stretch {row.stretch:g}" if row.stretch is not None else "")
             lines.append((f"`{row.name}`", row.what, goal, out, f"**{verdict}**"))
     text = "## What came out\n\n" + table(["Row", "What", "Goal", "Came out", ""], *lines)
+    commits = {result["commit"] for result in results["rows"].values()}
+    if len(commits) > 1:
+        text += f"Rows were measured at more than one commit: {', '.join(sorted(commits))}.\n\n"
     if compared:
         text += "Without a goal, for comparison:\n\n" + table(["Row", "What", "Came out, times"], *compared)
     return text

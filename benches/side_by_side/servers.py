@@ -35,6 +35,9 @@ def free_port():
 class Server:
     """A process with a port, until the end of a `with`."""
 
+    # What ends it, and how long each may take.
+    signals = [(signal.SIGTERM, 15), (signal.SIGKILL, 5)]
+
     def __init__(self, command, directory, port, core=None, env=None):
         self.port, self.address = port, f"127.0.0.1:{port}"
         self.log = directory / "log"
@@ -71,9 +74,9 @@ class Server:
             time.sleep(0.02)
 
     def stop(self):
-        for sign, patience in [(signal.SIGTERM, 15), (signal.SIGKILL, 5)]:
+        for sign, patience in self.signals:
             if self.process.poll() is None:
-                os.killpg(self.pid, sign)
+                self.process.send_signal(sign)
                 try:
                     self.process.wait(patience)
                 except subprocess.TimeoutExpired:
@@ -127,6 +130,9 @@ class Rolecache(Server):
 class Postgres(Server):
     """A new cluster as its packages set it up: durable."""
 
+    # By SIGTERM it would wait for its clients.
+    signals = [(signal.SIGINT, 60), (signal.SIGQUIT, 10), (signal.SIGKILL, 5)]
+
     def __init__(self, bench):
         found = find("initdb", "usr/lib/postgresql/*/bin", "usr/pgsql-*/bin", "usr/libexec/postgresql*")
         self.bin = Path(found).resolve().parent
@@ -140,12 +146,6 @@ class Postgres(Server):
     def accepts(self):
         ready = [self.bin / "pg_isready", "--quiet", "--host", "127.0.0.1", "--port", str(self.port)]
         return subprocess.run(ready, timeout=10).returncode == 0
-
-    def stop(self):
-        # By SIGTERM it waits for its clients.
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            self.process.wait(60)
 
     def url(self, database):
         return f"postgres://postgres@127.0.0.1:{self.port}/{database}"
