@@ -118,7 +118,7 @@ impl Grpc {
         let door = Arc::new(Door::new(doors.access));
         let service = RoleService::new(core.clone(), roles, door.clone());
         let service = RoleCacheServiceServer::new(service).max_decoding_message_size(limits.message_bytes);
-        let mut routes = Routes::new(service).add_service(health_service.max_decoding_message_size(SMALL_MESSAGE));
+        let mut routes = Routes::new(health_service.max_decoding_message_size(SMALL_MESSAGE));
         if reflection {
             let build = || {
                 tonic_reflection::server::Builder::configure()
@@ -134,7 +134,7 @@ impl Grpc {
         }
         let ends = Ends::default();
         let replaced = door.replaced();
-        let edge = Edge::new(routes.prepare(), door, &limits, ends.gently.clone());
+        let edge = Edge::new(service, routes.prepare(), door, &limits, ends.gently.clone());
         let connections = TaskTracker::new();
         let watches = limits.watches;
         let wire = Wire {
