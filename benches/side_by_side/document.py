@@ -128,6 +128,8 @@ def machine(results):
 
 def growth(growth, pictures):
     text = "## How cost grows\n\n"
+    if not growth:
+        return text + "Not measured in this run.\n\n"
     for name, points in growth.items():
         if isinstance(points, dict):
             text += f"`{name}`: {points['failed'].splitlines()[0]}\n\n"
