@@ -23,6 +23,11 @@ use crate::{
 /// Of all replicas together.
 const CALLERS: usize = 5_000;
 
+/// Of the short tier, only one round in so many has as many, or it would take longer than all others together; the rest have `FEW`.
+const SHORT: u64 = 100;
+const MANY_EVERY: u64 = 4;
+const FEW: usize = 500;
+
 /// One round in eight fails: of eight times so many one has to.
 const ENOUGH: u64 = 10;
 
@@ -55,7 +60,7 @@ pub fn campaigns() -> Vec<Campaign> {
         name: "cold-user",
         unit: "cold users",
         must_hold: "one query per replica, errors are not cached",
-        short: 100,
+        short: SHORT,
         nightly: 1_000,
         body: |rounds| run(rounds).boxed(),
     }]
@@ -83,14 +88,16 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let clients: Vec<Vec<_>> =
         cluster.replicas.iter().map(|replica| (0..CONNECTIONS).map(|_| replica.client()).collect()).collect();
     let (mut store, mut observer) = (Session::open(&url), Session::open(&url));
-    let (mut failed, mut errors) = (0, 0);
+    let (mut failed, mut errors, mut many) = (0, 0, 0);
     let (mut queries, mut failing, mut came) = (Vec::new(), Vec::new(), Vec::new());
     while let Some(round) = outcome.next_of(rounds.count) {
         let user = FIRST_COLD + round as i64;
         traffic.users.push(user);
         // One in eight: it is told when the lock has been waited for in vain.
         let fails = rounds.random.u8(..8) == 0;
-        let each = CALLERS / cluster.replicas.len();
+        let is_long = rounds.count > SHORT;
+        let callers = if is_long || round % MANY_EVERY == 0 { CALLERS } else { FEW };
+        let each = callers / cluster.replicas.len();
         for replica in &cluster.replicas {
             replica.until_in_step().await;
         }
@@ -130,7 +137,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
             }
         }
         if !all_came {
-            outcome.weak.push(format!("user {user}: not all {CALLERS} had come after {TO_COME:?}"));
+            outcome.weak.push(format!("user {user}: not all {callers} had come after {TO_COME:?}"));
             continue;
         }
         match weak {
@@ -140,6 +147,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
             }
             None => outcome.fired += 1,
         }
+        many += u64::from(callers == CALLERS);
         if waiting > cluster.replicas.len() {
             outcome.violated([format!("user {user}: {waiting} queries wait, failing: {fails}")]);
         }
@@ -175,7 +183,7 @@ async fn run(mut rounds: Rounds) -> Outcome {
     let is_enough = rounds.count >= 8 * ENOUGH;
     outcome.proves_nothing((is_enough && failed == 0).then(|| "the store failed for nobody".to_owned()));
     outcome.figure("failing", format!("{failed} of {} users, {errors} callers were told so", outcome.fired));
-    outcome.figure("callers at once", CALLERS);
+    outcome.figure("callers at once", format!("{CALLERS} for {many} users, {FEW} for the others"));
     let most = |queries: &[i64]| queries.iter().max().copied().unwrap_or(0);
     outcome.figure("queries of a replica", format!("{} at most, {} where they fail", most(&queries), most(&failing)));
     outcome.times("all callers had come after", came);
